@@ -1,0 +1,278 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["django", "channels", "daphne", "uvicorn[standard]", "django-htmx", "dj-database-url"]
+# ///
+"""A whole real-time chat: `python chat.py`, then http://127.0.0.1:8000 in two windows."""
+
+import asyncio
+import json
+import os
+import random
+import sys
+import unicodedata
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+from uuid import uuid4
+
+import dj_database_url
+import django.apps
+import django.conf
+import uvicorn
+from asgiref.sync import async_to_sync
+from django.core import asgi, exceptions, management
+
+################ Settings
+SERVE = __name__ == "__main__" and len(sys.argv) == 1  # `python chat.py` without a command
+beside_this_file = quote(str(Path(__file__).resolve().with_name("chat.sqlite3")))
+DATABASE = dj_database_url.config(default=f"sqlite:///{beside_this_file}")
+DATABASE["CONN_MAX_AGE"] = None  # to open a connection takes longer than to store a message
+if "sqlite" in DATABASE["ENGINE"]:
+    wal = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
+    DATABASE["OPTIONS"] = {"init_command": wal, "transaction_mode": "IMMEDIATE", "timeout": 20}
+sys.modules["chat"] = sys.modules[__name__]  # the app "chat" is this file, however it was started
+django.conf.settings.configure(
+    DEBUG=os.getenv("DEBUG", str("runserver" in sys.argv)).lower() in ("1", "true", "yes", "on"),
+    SECRET_KEY=os.environ.setdefault("SECRET_KEY", uuid4().hex + uuid4().hex),
+    ALLOWED_HOSTS=os.getenv("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(","),
+    INSTALLED_APPS=[
+        *([] if SERVE else ["daphne"]),  # for runserver; it takes half of the time to start
+        *("chat", "channels", "django_htmx", "django.contrib.auth", "django.contrib.contenttypes"),
+        *("django.contrib.sessions", "django.contrib.staticfiles"),
+    ],
+    MIDDLEWARE=[
+        "django.middleware.security.SecurityMiddleware",
+        "django.middleware.clickjacking.XFrameOptionsMiddleware",
+        "django.contrib.sessions.middleware.SessionMiddleware",
+        "django.middleware.csrf.CsrfViewMiddleware",
+    ],
+    TEMPLATES=[{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}],
+    STATIC_URL="static/",
+    DATABASES={"default": DATABASE},
+    DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
+    CHANNEL_LAYERS={"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}},
+    ROOT_URLCONF="chat",
+    ASGI_APPLICATION="chat.application",
+    LOGGING_CONFIG=None,  # Django would mail errors to nobody; Python prints them
+)
+django.setup()
+django.apps.apps.get_app_config("chat").models_module = sys.modules["chat"]  # migrate looks there
+
+from channels import auth, db, layers, routing
+from channels.generic.websocket import AsyncJsonWebsocketConsumer
+from channels.security.websocket import AllowedHostsOriginValidator, WebsocketDenier
+from django.contrib.auth import get_user, get_user_model, views
+from django.contrib.sessions.backends.db import SessionStore
+from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
+from django.db import Error, models
+from django.shortcuts import redirect, render
+from django.template.loader import render_to_string
+from django.urls import path, re_path
+
+
+################ Messages: the database is the truth
+class Message(models.Model):
+    key = models.UUIDField(default=uuid4, unique=True)
+    room = models.CharField(max_length=50)
+    author = models.CharField(max_length=50)  # whose it is, even when names are the same
+    name = models.CharField(max_length=150)
+    text = models.CharField(
+        max_length=2000, error_messages={"blank": "Please type a message first."}
+    )
+    said_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        app_label, ordering = "chat", ("-id",)
+        indexes = (models.Index(fields=["room", "id"], name="log"),)
+
+
+def say(room, request, content):
+    """Store a message, once for each key. Return what is wrong with it: [] when it is stored."""
+    text, key = content.get("chat_message", ""), content.get("key") or uuid4()
+    message = Message(room=room, text=text.strip(), key=key, **speaker(request))
+    try:
+        message.clean_fields()
+    except exceptions.ValidationError as error:
+        return error.messages
+    Message.objects.bulk_create([message], ignore_conflicts=True)
+    return []
+
+
+async def announce(room):
+    """Tell every process to look at the room. Where this gets lost, they look by themselves."""
+    await layers.get_channel_layer().group_send(f"room.{room}", {"type": "said"})
+
+
+################ Speakers: accounts and guests
+def speaker(request):
+    """Who speaks in this session, an account or a guest, as fields of a message."""
+    if request.session.session_key:  # another tab may have changed the name, or logged out
+        request.session = SessionStore(request.session.session_key)
+    user = get_user(request)
+    if user.is_authenticated:
+        return {"author": f"account-{user.pk}", "name": user.username}
+    animal = random.choice(["Badger", "Crane", "Falcon", "Fox", "Lynx", "Otter", "Panda", "Seal"])
+    guest = {"author": f"guest-{uuid4()}", "name": f"{animal} {random.randrange(1000)}"}
+    return request.session.setdefault("guest", guest)
+
+
+################ Rooms: each message rendered once, for all windows
+HISTORY, KEPT, LOBBY = (
+    50,
+    1000,
+    "lobby",
+)  # messages shown on arrival, and held for windows that fall behind
+rooms = {}
+
+
+class Room:
+    def __init__(self, slug):
+        self.windows, self.recent, self.count = set(), [], None
+        self.changed, self.task = asyncio.Event(), asyncio.create_task(self.run(slug))
+
+    async def run(self, slug):
+        """Look for new messages and wake the windows; an event says only: look again."""
+        layer, group = layers.get_channel_layer(), f"room.{slug}"
+        channel = await layer.new_channel()
+        while self.windows:
+            try:
+                last = self.recent[-1].id if self.recent else 0
+                log = Message.objects.filter(room=slug, id__gt=last)[: KEPT + 1]
+                found = (await db.database_sync_to_async(list)(log))[::-1]
+                for message in found:
+                    message.html = render_to_string("message.html", {"message": message})
+                self.recent = (self.recent + found)[-KEPT:]
+                self.count = (self.count or 0) + len(found)
+                self.changed.set()
+                self.changed = asyncio.Event()
+                await layer.group_add(group, channel)  # again and again: a membership expires
+                await asyncio.wait_for(layer.receive(channel), timeout=2)
+            except TimeoutError:
+                pass  # nobody said anything, or the event got lost
+            except Exception as error:
+                print(f"Room {slug} will look again: {error!r}", file=sys.stderr)
+                await asyncio.sleep(2)
+        del rooms[slug]
+        await layer.group_discard(group, channel)
+
+
+################ The consumer: one for each open window
+class ChatConsumer(AsyncJsonWebsocketConsumer):
+    channel_layer_alias = None  # the room listens for all its windows
+
+    async def connect(self):
+        """Show the room to the window until its task ends, in whatever way (see disconnect)."""
+        self.session = self.scope["session"]
+        self.slug = self.scope["url_route"]["kwargs"].get("slug", LOBBY)
+        self.base_send = self.scope["send"]
+        await self.accept()
+        room = rooms[self.slug] = rooms.get(self.slug) or Room(self.slug)
+        window = asyncio.create_task(self.show(room))
+        room.windows.add(window)
+        window.add_done_callback(room.windows.discard)
+        asyncio.current_task().add_done_callback(lambda _: window.cancel())
+
+    async def show(self, room):
+        """Send all that is new in one frame, then again: as fast as this window reads."""
+        seen = None
+        with suppress(OSError):  # the client has gone
+            while True:
+                while room.count in (None, seen):
+                    await room.changed.wait()
+                if seen is None or room.count - seen > len(room.recent):
+                    swap, messages = "innerHTML", room.recent[-HISTORY:]
+                else:
+                    swap, messages = "beforeend", room.recent[seen - room.count :]
+                seen, html = room.count, "".join(message.html for message in messages)
+                await self.send(f'<div hx-swap-oob="{swap}:#content">{html}</div>')
+
+    async def receive(self, text_data=None, bytes_data=None):
+        """Answer any frame: what is no JSON object, or no text in it, counts as nothing said."""
+        content = {}
+        with suppress(AttributeError, TypeError, ValueError, RecursionError):
+            fields = json.loads(text_data[: 64 * 1024]).items()
+            content = {k: v for k, v in fields if isinstance(v, str) and v.encode()}
+        await self.receive_json(content)
+        await asyncio.sleep(0.01)  # seconds: nobody notices but a flooder
+
+    async def receive_json(self, content):
+        errors = await db.database_sync_to_async(say)(self.slug, self, content)
+        if errors or "key" in content:
+            await self.send(render_to_string("answer.html", {**content, "errors": errors}))
+        if not errors:
+            await announce(self.slug)
+
+
+################ Pages
+def page(request, slug=LOBBY, errors=()):
+    """A room. A POST says something there, without JavaScript."""
+    if request.method == "POST" and not errors:
+        errors = say(slug, request, request.POST)
+        if not errors:
+            async_to_sync(announce)(slug)
+            return redirect(request.path)
+    me, key, nonce, messages = speaker(request), uuid4(), uuid4(), Message.objects.filter(room=slug)
+    context = {"slug": slug, "me": me, "key": key, "csp_nonce": nonce, "errors": errors}
+    context |= {"messages": messages[:HISTORY], "post": request.POST}
+    response = render(request, "page.html", context, status=422 if errors else 200)
+    response["Content-Security-Policy"] = f"default-src 'self' 'nonce-{nonce}'; img-src data:"
+    response["Cache-Control"] = "no-store"  # the key is good for one message
+    return response
+
+
+def rename(request):
+    """Give a guest a name that can't be taken for an account's."""
+
+    def letters(name):  # no spaces, nothing that looks like one, neither upper nor lower case
+        name = unicodedata.normalize("NFKC", name).casefold()
+        return [c for c in name if c.isalnum() and "FILLER" not in unicodedata.name(c, "")]
+
+    name, slug = " ".join(request.POST["name"].split()), request.POST["room"]
+    accounts = get_user_model().objects.values_list("username", flat=True)
+    if letters(name) in [[], *map(letters, accounts)] or len(name) > 30 or not name.isprintable():
+        return page(request, slug, ["Please choose another name: not an account's, and ..."])
+    request.session["guest"] = speaker(request) | {"name": name}
+    return redirect(f"/chat/{slug}/")
+
+
+################ Routes
+SLUG = "(?P<slug>[-a-zA-Z0-9_]{1,50})"  # without it: the lobby
+urlpatterns = [
+    re_path(f"^(?:chat/{SLUG}/)?$", page),
+    path("chat/", lambda request: redirect(f"/chat/{request.GET['room']}/")),
+    path("name/", rename),
+    path("login/", views.LoginView.as_view(template_name="login.html", next_page="/")),
+    path("logout/", views.LogoutView.as_view(next_page="/")),
+]
+chat, nowhere = ChatConsumer.as_asgi(), WebsocketDenier.as_asgi()
+routes = [re_path(f"^ws/chat(?:/{SLUG})?$", chat), re_path("", nowhere)]
+stack = AllowedHostsOriginValidator(auth.AuthMiddlewareStack(routing.URLRouter(routes)))
+
+
+async def websocket(scope, receive, send):
+    """Keep `send` for the consumer: through the session middleware, it takes a fifth longer."""
+
+    async def refuse(close):  # a browser that can't open a socket tries for ever, so let it
+        print(f"Refused a WebSocket to {scope['path']!r}", file=sys.stderr)
+        await send({"type": "websocket.accept"})
+        await send({**close, "code": 4403})
+
+    await stack({**scope, "send": send}, receive, refuse)
+
+
+http = ASGIStaticFilesHandler(asgi.get_asgi_application())
+application = routing.ProtocolTypeRouter({"http": http, "websocket": websocket})
+
+################ Run
+try:
+    management.call_command("migrate", run_syncdb=True, verbosity=0)
+except Error as error:
+    sys.exit(f"DATABASE_URL: can't use the database: {error}")
+if SERVE:
+    host, port = os.getenv("HOST", "127.0.0.1"), int(os.getenv("PORT", "8000"))
+    print(f"Starting the chat at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    # No compression: small messages. Three seconds to end: some client may never read.
+    how = {"log_level": "warning", "ws_per_message_deflate": False, "timeout_graceful_shutdown": 3}
+    uvicorn.run(application, host=host, port=port, **how)
+elif __name__ == "__main__":
+    management.execute_from_command_line(sys.argv)
