@@ -7,16 +7,12 @@
 import asyncio
 import json
 import os
-import random
 import sys
-import unicodedata
 from contextlib import suppress
-from pathlib import Path
 from urllib.parse import quote
 from uuid import uuid4
 
 import dj_database_url
-import django.apps
 import django.conf
 import uvicorn
 from asgiref.sync import async_to_sync
@@ -24,12 +20,13 @@ from django.core import asgi, exceptions, management
 
 ################ Settings
 SERVE = __name__ == "__main__" and len(sys.argv) == 1  # `python chat.py` without a command
-beside_this_file = quote(str(Path(__file__).resolve().with_name("chat.sqlite3")))
-DATABASE = dj_database_url.config(default=f"sqlite:///{beside_this_file}")
+DATABASE = dj_database_url.config(default=f"sqlite:///{quote(__file__[:-3])}.sqlite3")
 DATABASE["CONN_MAX_AGE"] = None  # to open a connection takes longer than to store a message
 if "sqlite" in DATABASE["ENGINE"]:
     wal = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
     DATABASE["OPTIONS"] = {"init_command": wal, "transaction_mode": "IMMEDIATE", "timeout": 20}
+LOBBY, HISTORY, KEPT = "lobby", 50, 1000  # messages: shown on arrival, held for who lags behind
+rooms = {}  # those with open windows, by slug
 sys.modules["chat"] = sys.modules[__name__]  # the app "chat" is this file, however it was started
 django.conf.settings.configure(
     DEBUG=os.getenv("DEBUG", str("runserver" in sys.argv)).lower() in ("1", "true", "yes", "on"),
@@ -49,7 +46,6 @@ django.conf.settings.configure(
     TEMPLATES=[{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}],
     STATIC_URL="static/",
     DATABASES={"default": DATABASE},
-    DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
     CHANNEL_LAYERS={"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}},
     ROOT_URLCONF="chat",
     ASGI_APPLICATION="chat.application",
@@ -62,7 +58,6 @@ from channels import auth, db, layers, routing
 from channels.generic.websocket import AsyncJsonWebsocketConsumer
 from channels.security.websocket import AllowedHostsOriginValidator, WebsocketDenier
 from django.contrib.auth import get_user, get_user_model, views
-from django.contrib.sessions.backends.db import SessionStore
 from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
 from django.db import Error, models
 from django.shortcuts import redirect, render
@@ -72,18 +67,16 @@ from django.urls import path, re_path
 
 ################ Messages: the database is the truth
 class Message(models.Model):
+    id = models.BigAutoField(primary_key=True)  # in the order of the room's log
     key = models.UUIDField(default=uuid4, unique=True)
-    room = models.CharField(max_length=50)
+    room = models.CharField(max_length=50, db_index=True)
     author = models.CharField(max_length=50)  # whose it is, even when names are the same
     name = models.CharField(max_length=150)
-    text = models.CharField(
-        max_length=2000, error_messages={"blank": "Please type a message first."}
-    )
+    text = models.CharField(max_length=2000, error_messages={"blank": "Please type something."})
     said_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
         app_label, ordering = "chat", ("-id",)
-        indexes = (models.Index(fields=["room", "id"], name="log"),)
 
 
 def say(room, request, content):
@@ -107,24 +100,14 @@ async def announce(room):
 def speaker(request):
     """Who speaks in this session, an account or a guest, as fields of a message."""
     if request.session.session_key:  # another tab may have changed the name, or logged out
-        request.session = SessionStore(request.session.session_key)
-    user = get_user(request)
-    if user.is_authenticated:
+        request.session = request.session.__class__(request.session.session_key)
+    if (user := get_user(request)).is_authenticated:
         return {"author": f"account-{user.pk}", "name": user.username}
-    animal = random.choice(["Badger", "Crane", "Falcon", "Fox", "Lynx", "Otter", "Panda", "Seal"])
-    guest = {"author": f"guest-{uuid4()}", "name": f"{animal} {random.randrange(1000)}"}
+    guest = {"author": f"guest-{uuid4()}", "name": f"Otter {uuid4().int % 10000}"}
     return request.session.setdefault("guest", guest)
 
 
 ################ Rooms: each message rendered once, for all windows
-HISTORY, KEPT, LOBBY = (
-    50,
-    1000,
-    "lobby",
-)  # messages shown on arrival, and held for windows that fall behind
-rooms = {}
-
-
 class Room:
     def __init__(self, slug):
         self.windows, self.recent, self.count = set(), [], None
@@ -136,9 +119,9 @@ class Room:
         channel = await layer.new_channel()
         while self.windows:
             try:
-                last = self.recent[-1].id if self.recent else 0
-                log = Message.objects.filter(room=slug, id__gt=last)[: KEPT + 1]
-                found = (await db.database_sync_to_async(list)(log))[::-1]
+                newest = self.recent[-1].id if self.recent else 0
+                log = Message.objects.filter(room=slug, id__gt=newest)
+                found = (await db.database_sync_to_async(list)(log[: KEPT + 1]))[::-1]
                 for message in found:
                     message.html = render_to_string("message.html", {"message": message})
                 self.recent = (self.recent + found)[-KEPT:]
@@ -149,7 +132,7 @@ class Room:
                 await asyncio.wait_for(layer.receive(channel), timeout=2)
             except TimeoutError:
                 pass  # nobody said anything, or the event got lost
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (a restarting database, a template being edited)
                 print(f"Room {slug} will look again: {error!r}", file=sys.stderr)
                 await asyncio.sleep(2)
         del rooms[slug]
@@ -161,15 +144,14 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
     channel_layer_alias = None  # the room listens for all its windows
 
     async def connect(self):
-        """Show the room to the window until its task ends, in whatever way (see disconnect)."""
-        self.session = self.scope["session"]
+        self.session, self.base_send = self.scope["session"], self.scope["send"]
         self.slug = self.scope["url_route"]["kwargs"].get("slug", LOBBY)
-        self.base_send = self.scope["send"]
         await self.accept()
         room = rooms[self.slug] = rooms.get(self.slug) or Room(self.slug)
         window = asyncio.create_task(self.show(room))
         room.windows.add(window)
         window.add_done_callback(room.windows.discard)
+        # disconnect() is not called when a handler fails or the server stops; this is.
         asyncio.current_task().add_done_callback(lambda _: window.cancel())
 
     async def show(self, room):
@@ -199,21 +181,21 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         errors = await db.database_sync_to_async(say)(self.slug, self, content)
         if errors or "key" in content:
             await self.send(render_to_string("answer.html", {**content, "errors": errors}))
-        if not errors:
-            await announce(self.slug)
+        await announce(self.slug)
 
 
 ################ Pages
-def page(request, slug=LOBBY, errors=()):
-    """A room. A POST says something there, without JavaScript."""
-    if request.method == "POST" and not errors:
-        errors = say(slug, request, request.POST)
+def page(request, slug=LOBBY):
+    """A room. A POST says something there, or changes a guest's name, without JavaScript."""
+    errors = []
+    if request.method == "POST":
+        errors = rename(request) if "name" in request.POST else say(slug, request, request.POST)
         if not errors:
             async_to_sync(announce)(slug)
             return redirect(request.path)
-    me, key, nonce, messages = speaker(request), uuid4(), uuid4(), Message.objects.filter(room=slug)
-    context = {"slug": slug, "me": me, "key": key, "csp_nonce": nonce, "errors": errors}
-    context |= {"messages": messages[:HISTORY], "post": request.POST}
+    nonce, messages = uuid4(), Message.objects.filter(room=slug)[:HISTORY]
+    context = {"slug": slug, "messages": messages, "me": speaker(request), "post": request.POST}
+    context |= {"key": uuid4(), "csp_nonce": nonce, "errors": errors}
     response = render(request, "page.html", context, status=422 if errors else 200)
     response["Content-Security-Policy"] = f"default-src 'self' 'nonce-{nonce}'; img-src data:"
     response["Cache-Control"] = "no-store"  # the key is good for one message
@@ -221,26 +203,21 @@ def page(request, slug=LOBBY, errors=()):
 
 
 def rename(request):
-    """Give a guest a name that can't be taken for an account's."""
-
-    def letters(name):  # no spaces, nothing that looks like one, neither upper nor lower case
-        name = unicodedata.normalize("NFKC", name).casefold()
-        return [c for c in name if c.isalnum() and "FILLER" not in unicodedata.name(c, "")]
-
-    name, slug = " ".join(request.POST["name"].split()), request.POST["room"]
+    """Give a guest a name that can't be taken for an account's. Return what is wrong with it."""
+    name, guest = " ".join(request.POST["name"].split()), {"author": f"guest-{uuid4()}"}
     accounts = get_user_model().objects.values_list("username", flat=True)
-    if letters(name) in [[], *map(letters, accounts)] or len(name) > 30 or not name.isprintable():
-        return page(request, slug, ["Please choose another name: not an account's, and ..."])
-    request.session["guest"] = speaker(request) | {"name": name}
-    return redirect(f"/chat/{slug}/")
+    blank = set("\u115f\u1160\u2800\u3164\uffa0") & set(name) or not name.isprintable()
+    if blank or not 0 < len(name) <= 30 or name.casefold() in map(str.casefold, accounts):
+        return ["Please choose another name: up to 30 visible characters, and not an account's."]
+    request.session["guest"] = guest | request.session.get("guest", {}) | {"name": name}
+    return []
 
 
 ################ Routes
-SLUG = "(?P<slug>[-a-zA-Z0-9_]{1,50})"  # without it: the lobby
+SLUG = "(?P<slug>[-a-zA-Z0-9_]{1,50})"  # left out, it is the lobby
 urlpatterns = [
-    re_path(f"^(?:chat/{SLUG}/)?$", page),
+    re_path(f"^(?:chat/{SLUG}/|name/)?$", page),
     path("chat/", lambda request: redirect(f"/chat/{request.GET['room']}/")),
-    path("name/", rename),
     path("login/", views.LoginView.as_view(template_name="login.html", next_page="/")),
     path("logout/", views.LogoutView.as_view(next_page="/")),
 ]
@@ -250,13 +227,12 @@ stack = AllowedHostsOriginValidator(auth.AuthMiddlewareStack(routing.URLRouter(r
 
 
 async def websocket(scope, receive, send):
-    """Keep `send` for the consumer: through the session middleware, it takes a fifth longer."""
-
-    async def refuse(close):  # a browser that can't open a socket tries for ever, so let it
+    async def refuse(close):  # accept it first: a browser that can't open a socket tries for ever
         print(f"Refused a WebSocket to {scope['path']!r}", file=sys.stderr)
         await send({"type": "websocket.accept"})
         await send({**close, "code": 4403})
 
+    # Consumers send past the session middleware, which would take a fifth of a delivery's time.
     await stack({**scope, "send": send}, receive, refuse)
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
+from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
 HERE = Path(__file__).resolve().parent
@@ -112,14 +113,14 @@ class Client:
     def __init__(self, server, room=None, **options):
         path = f"/ws/chat/{room}" if room else "/ws/chat"
         options = {"origin": "http://localhost", "max_size": None, **options}
-        self.socket = connect(server.url.replace("http", "ws") + path, **options)
-        self.frames = []
+        self.connecting = connect(server.url.replace("http", "ws") + path, **options)
+        self.socket, self.frames = self.connecting.__enter__(), []
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.socket.close()
+    def __exit__(self, *error):
+        self.connecting.__exit__(*error)
 
     def say(self, text, **more):
         self.socket.send(json.dumps({"chat_message": text, **more}))
@@ -138,50 +139,54 @@ class Client:
 
 
 class Line:
-    """A TCP proxy in front of a server: it can be cut, refuse, and swallow bytes without a word."""
+    """A TCP proxy in front of a server: it can be cut, hold bytes, or swallow them without a word."""
 
     def __init__(self, server):
-        self.server, self.refusing, self.swallowing, self.ends = server, False, False, []
+        self.server, self.ends, self.free = server, [], threading.Event()
+        self.mend()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self):
-        with suppress(OSError):
-            while True:
-                near, _ = self.listener.accept()
-                try:
-                    assert not self.refusing
-                    far = socket.create_connection(("127.0.0.1", self.server.port))
-                except (OSError, AssertionError):
-                    near.close()
-                    continue
-                self.ends += near, far
-                for pair in (near, far), (far, near):
-                    threading.Thread(target=self.carry, args=pair, daemon=True).start()
+        while True:
+            near, _ = self.listener.accept()
+            far = socket.socket()
+            if self.is_cut or far.connect_ex(("127.0.0.1", self.server.port)):
+                near.close()
+                continue
+            self.ends += near, far
+            for carry in (near, far, "up"), (far, near, "down"):
+                threading.Thread(target=self.carry, args=carry, daemon=True).start()
 
-    def carry(self, source, target):
+    def carry(self, source, target, direction):
         with suppress(OSError):
             while data := source.recv(65536):
-                if not self.swallowing:
+                self.free.wait()
+                if direction not in self.swallowed:
                     target.sendall(data)
         for end in source, target:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
     def cut(self):
-        """End every connection; new ones are refused until the line is mended."""
-        self.refusing = True
+        """End every connection, and refuse new ones."""
+        self.is_cut = True
         for end in self.ends:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def swallow(self):
-        self.swallowing = True
+    def swallow(self, *directions):
+        """Take bytes that go up to the server or down to the browser, and lose them."""
+        self.swallowed = directions
+
+    def hold(self):
+        """Keep all bytes until the line is mended."""
+        self.free.clear()
 
     def mend(self):
-        """Let bytes pass again. Connections that lost some stay broken, as they do outside."""
-        self.refusing = self.swallowing = False
+        """Let everything pass. A connection that lost bytes stays broken, as it does outside."""
+        self.is_cut, self.swallowed = False, ()
+        self.free.set()
 
 
 class Window:
@@ -192,7 +197,7 @@ class Window:
         self.page.goto(f"{server.url}/chat/{room}/" if room else server.url)
 
     def open(self):
-        eventually(lambda: self.page.inner_text("#status") == "Connected")
+        eventually(lambda: self.status() == "Connected")
         return self
 
     def say(self, text):
@@ -204,6 +209,12 @@ class Window:
 
     def unsent(self):
         return self.texts("#unsent li")
+
+    def status(self):
+        return self.page.inner_text("#status")
+
+    def box(self):
+        return self.page.input_value("input[name=chat_message]")
 
     def shows(self, *texts):
         return eventually(lambda: self.texts() == list(texts) and not self.unsent())
@@ -274,11 +285,12 @@ def test_a_cut_line_keeps_what_is_typed_and_sends_it_later(server, room, open_wi
     line = Line(server)
     ann, bob = open_window(line, room).open(), open_window(server, room).open()
     ann.say("one")
-    bob.shows("one")
     line.cut()
     for text in ("two", "three", "three"):
         ann.say(text)
-    assert ann.unsent() == ["two", "three", "three"]
+    assert ann.unsent()[-3:] == ["two", "three", "three"]
+    eventually(lambda: "No connection" in ann.status())
+    bob.shows("one")
     bob.say("meanwhile")
     line.mend()
     for window in ann, bob:
@@ -287,31 +299,95 @@ def test_a_cut_line_keeps_what_is_typed_and_sends_it_later(server, room, open_wi
 
 
 def test_a_line_that_swallows_bytes_is_noticed_within_ten_seconds(server, room, open_window):
-    line = Line(server)
-    ann = open_window(line, room).open()
-    line.swallow()
-    for text in ("one", "two"):
-        ann.say(text)
-    eventually(lambda: ann.page.inner_text("#status") != "Connected" or not ann.unsent(), 10)
-    line.mend()
-    eventually(lambda: ann.texts() == ["one", "two"] and not ann.unsent(), 20)
-    assert server.stored(room) == ["one", "two"]
+    """What goes up is never heard; what goes down was stored, but is never acknowledged."""
+    swallowed = {"up": ["up"], "down": ["down"], "both": ["up", "down"]}
+    lines = {name: Line(server) for name in swallowed}
+    windows = {name: open_window(line, f"{room}-{name}").open() for name, line in lines.items()}
+    for name, window in windows.items():
+        lines[name].swallow(*swallowed[name])
+        window.say("one")
+        window.page.keyboard.type("half a sen")
+    eventually(lambda: server.stored(f"{room}-down") == ["one"])
+    for name, window in windows.items():
+        assert window.unsent() == ["one"]
+        eventually(lambda window=window: window.status() != "Connected", 10)
+        lines[name].mend()
+    for name, window in windows.items():
+        window.shows("one")
+        window.page.keyboard.type("tence")
+        assert window.box() == "half a sentence"
+        window.page.keyboard.press("Enter")
+        window.shows("one", "half a sentence")
+        assert server.stored(f"{room}-{name}") == ["one", "half a sentence"]
 
 
-def test_a_killed_server_loses_and_repeats_nothing(own_server, room, open_window):
+def test_a_server_killed_at_the_press_of_enter_loses_and_repeats_nothing(
+    own_server, room, open_window
+):
     ann, bob = open_window(own_server, room).open(), open_window(own_server, room).open()
-    said = []
-    for number in range(30):
-        said.append(f"message {number}")
-        ann.say(said[-1])
-        if number in (10, 20):
+    said = [f"message {number}" for number in range(100)]
+    for number, text in enumerate(said):
+        ann.say(text)
+        if number in (10, 50, 90):
             own_server.kill()
-        if number in (15, 25):
+        if number in (30, 51, 99):
             own_server.start()
+    eventually(lambda: own_server.stored(room) == said)
     for window in ann, bob:
-        window.shows(*said)
-    assert own_server.stored(room) == said
+        window.shows(*said[-len(window.texts()) :])
+
+
+def test_a_line_cut_at_every_press_of_enter_loses_and_repeats_nothing(server, room, open_window):
+    line = Line(server)
+    ann, said = open_window(line, room).open(), [f"message {number}" for number in range(20)]
+    for number, text in enumerate(said):
+        ann.say(text)
+        time.sleep(0.002 * (number % 5))  # before, amid and after storing and acknowledging
+        line.cut()
+        if number % 3:
+            line.mend()
+            ann.open()
+    line.mend()
+    ann.shows(*said)
+    assert server.stored(room) == said
+
+
+################ Seeing: every window comes to show the room's log
+
+
+def test_windows_that_were_away_come_to_show_the_same_log(own_server, room, open_window):
+    line = Line(own_server)
+    windows = [open_window(by, room).open() for by in (own_server, line, own_server)]
+
+    def write(name):
+        """Say 150 things as a client does that wants all of them stored."""
+        for number in range(150):
+            key, acknowledged = str(uuid.uuid4()), False
+            while not acknowledged:
+                with suppress(OSError, WebSocketException), Client(own_server, room) as client:
+                    client.say(f"{name} {number}", key=key)
+                    acknowledged = client.hear(f'id="unsent-{key}"', 2)
+
+    writers = [threading.Thread(target=write, args=[name]) for name in ("Cleo", "Dan")]
+    for writer in writers:
+        writer.start()
+    for _ in range(2):
+        line.cut()
+        before = len(own_server.stored(room))
+        eventually(lambda before=before: len(own_server.stored(room)) > before + 30)
+        line.mend()
+        own_server.kill()
+        own_server.start()
+    for writer in writers:
+        writer.join()
+    log = own_server.stored(room)
+    assert sorted(log) == sorted(f"{name} {n}" for name in ("Cleo", "Dan") for n in range(150))
+    for window in windows:
+        window.open()
+        eventually(lambda window=window: window.texts()[-1:] == log[-1:], 2)
+        assert window.texts() == log[-len(window.texts()) :]
+        assert len(window.texts()) >= 50
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+    sys.exit(pytest.main(["-p", "no:cacheprovider", __file__, *sys.argv[1:]]))
