@@ -206,7 +206,7 @@ def rename(request):
     """Give a guest a name that can't be taken for an account's. Return what is wrong with it."""
     name, guest = " ".join(request.POST["name"].split()), {"author": f"guest-{uuid4()}"}
     accounts = get_user_model().objects.values_list("username", flat=True)
-    blank = set("\u115f\u1160\u2800\u3164\uffa0") & set(name) or not name.isprintable()
+    blank = set("✓\u115f\u1160\u2800\u3164\uffa0") & set(name) or not name.isprintable()
     if blank or not 0 < len(name) <= 30 or name.casefold() in map(str.casefold, accounts):
         return ["Please choose another name: up to 30 visible characters, and not an account's."]
     request.session["guest"] = guest | request.session.get("guest", {}) | {"name": name}
@@ -217,7 +217,7 @@ def rename(request):
 SLUG = "(?P<slug>[-a-zA-Z0-9_]{1,50})"  # left out, it is the lobby
 urlpatterns = [
     re_path(f"^(?:chat/{SLUG}/|name/)?$", page),
-    path("chat/", lambda request: redirect(f"/chat/{request.GET['room']}/")),
+    path("chat/", lambda request: redirect(f"/chat/{request.GET.get('room', LOBBY)}/")),
     path("login/", views.LoginView.as_view(template_name="login.html", next_page="/")),
     path("logout/", views.LogoutView.as_view(next_page="/")),
 ]

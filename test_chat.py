@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
@@ -95,10 +95,12 @@ class Server:
     def log(self):
         return self.log_file.read_text()
 
-    def manage(self, *command):
-        """What a management command prints, run on this server's database."""
-        run = [*CHAT, *command]
-        return subprocess.check_output(run, cwd=HERE, env=self.environment, text=True)
+    def run(self, *command, **environment):
+        """`python chat.py` with a command, on this server's port and database."""
+        env, command = {**self.environment, **environment}, [*CHAT, *command]
+        return subprocess.run(
+            command, check=False, cwd=HERE, env=env, capture_output=True, text=True
+        )
 
     def stored(self, room):
         """The texts in the room's log, as the database has them."""
@@ -206,6 +208,9 @@ class Window:
 
     def texts(self, where="#content p"):
         return self.page.locator(where).all_inner_texts()
+
+    def newest(self, part="p"):
+        return self.page.locator(f"#content article:last-child {part}")
 
     def unsent(self):
         return self.texts("#unsent li")
@@ -387,6 +392,190 @@ def test_windows_that_were_away_come_to_show_the_same_log(own_server, room, open
         eventually(lambda window=window: window.texts()[-1:] == log[-1:], 2)
         assert window.texts() == log[-len(window.texts()) :]
         assert len(window.texts()) >= 50
+
+
+################ The page
+
+
+def test_rooms_keep_to_themselves_and_show_texts_as_typed(server, room, open_window):
+    tag, script = "<img src=x onerror='document.title = 1'>", "<script>document.title = 1</script>"
+    swap = """'"><p id="status" hx-swap-oob="true" hx-on:click="x">&lt;{{ me }}</p>"""
+    said = [*(f"message {number}" for number in range(57)), tag, script, swap]
+    ann, eve = open_window(server, room).open(), open_window(server, f"{room}-2").open()
+    with Client(server, room) as client:
+        for text in said:
+            client.say(text)
+        client.hear("me }}")
+    open_window(server, room, java_script_enabled=False).shows(*said[-50:])
+    bob = open_window(server, room).open()
+    bob.say("for Ann")
+    bob.shows(*said[-50:], "for Ann")
+    ann.shows(*said, "for Ann")
+    color = "p => getComputedStyle(p.parentNode).backgroundColor"
+    assert ann.newest().evaluate(color) != bob.newest().evaluate(color)
+    assert re.search(r"\d:\d\d", ann.newest("time").inner_text())
+    for window in ann, bob:
+        expect(window.newest()).to_be_in_viewport()
+        assert not window.texts("#content :is(img, script, p p)")
+    empty = "getComputedStyle(document.querySelector('#content'), '::before').content"
+    assert ann.page.evaluate(empty) == "none" and "Nobody" in eve.page.evaluate(empty)
+    eve.say("alone")
+    eve.shows("alone")
+
+
+def test_a_new_name_counts_in_all_tabs_and_nobody_takes_an_account_s(server, room, open_window):
+    create = ("createsuperuser", "--noinput", "--username=AdaLovelace", "--email=ada@example.org")
+    assert server.run(*create, DJANGO_SUPERUSER_PASSWORD="engine").returncode == 0
+    tab = open_window(server, room).open()
+    page = Window(tab.page.context, server, room).page
+    lookalikes = [f"AdaLovelace{space}" for space in "\u00a0\u3164\u200b\u00ad"]
+    bad = [" ", "\u2003", "\u2800", "x" * 99, "adalovelace", "✓", *lookalikes]
+    good = """Zoë <b hx-on:click='x'>"&amp;"""
+    for name in *bad, good:
+        page.fill("[name=name]", name)
+        page.click("text=Rename")
+        assert (len(page.inner_text("#error").split()) > 3) == (name != good), ascii(name)
+        assert page.input_value("[name=name]") == name
+    tab.say("as a guest")
+    expect(tab.newest("bdi")).to_have_text(good)
+    page.click("text=Log in")
+    for field, text in ("username", "AdaLovelace"), ("password", "engine"):
+        page.fill(f"[name={field}]", text)
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"{server.url}/")
+    tab.page.reload()
+    tab.open().say("with account")
+    expect(tab.newest("small")).to_contain_text("AdaLovelace ✓ account")
+    page.click("text=Log out")
+    tab.say("without")
+    tab.shows("as a guest", "with account", "without")
+    assert not re.search("AdaLovelace|account", tab.newest("small").inner_text())
+
+
+def test_the_page_works_without_javascript(server, room, open_window):
+    bob = open_window(server, room).open()
+    ann = open_window(server, room, java_script_enabled=False)
+    post, secret = ann.page.context.request.post, "csrfmiddlewaretoken"
+    for text in "one", "two", "three":
+        fields = {name: ann.page.input_value(f"#form [name={name}]") for name in ("key", secret)}
+        ann.say(text)
+        expect(bob.newest()).to_have_text(text, timeout=1000)  # before the room looks by itself
+        expect(ann.newest()).to_have_text(text)
+    assert post(ann.page.url, form={**fields, "chat_message": "three"}).status == 200
+    assert post(ann.page.url, form={"chat_message": "forged"}).status == 403
+    ann.page.reload()
+    assert ann.texts() == bob.texts() == server.stored(room) == ["one", "two", "three"]
+    for window, text in (ann, " "), (bob, " "), (ann, "x" * 2001), (bob, "x" * 2001):
+        window.say(text)
+        expect(window.page.locator("#error")).to_have_text(re.compile("Please|2000"))
+        expect(window.page.locator("[name=chat_message]")).to_have_value(text)
+    bob.say("four")
+    bob.shows("one", "two", "three", "four")
+    assert bob.page.inner_text("#error") == ""
+
+
+def test_a_plain_client_and_a_bare_page_take_part(server, open_window):
+    bare, hello = open_window(server), f"hello {uuid.uuid4()}"
+    assert "DEBUG" not in bare.page.goto(f"{server.url}/nowhere").text()
+    bare.page.set_content("""<script src="/static/django_htmx/htmx-2.min.js"></script>
+        <script src="/static/django_htmx/ext/hx-ws-2.min.js"></script><div id="content"></div>
+        <div hx-ext="ws" ws-connect="/ws/chat">
+        <form id="form" ws-send><input name="chat_message"></form></div>""")
+    with Client(server) as client:
+        for say in client.say, bare.say:
+            say(hello)
+            assert 'hx-swap-oob="beforeend:#content"' in client.hear(hello)
+            expect(bare.newest()).to_have_text(hello)
+
+
+def test_the_keyboard_is_enough_and_nothing_leaves_for_other_hosts(server, room, open_window):
+    ann, requests, console = open_window(server), [], []
+    key, focus = ann.page.keyboard, "document.activeElement"
+    ann.page.on("request", lambda request: requests.append(request.url))
+    ann.page.on("console", lambda message: console.append(message.text))
+    ann.page.on("pageerror", lambda error: console.append(error.message))
+    headers = ann.page.goto(f"{server.url}/chat/{room}/").all_headers()
+    policy = "default-src 'self' 'nonce-[^ ]+'; img-src data:"
+    assert re.fullmatch(policy, headers["content-security-policy"])
+    assert headers["x-frame-options"] == "DENY" and headers["x-content-type-options"] == "nosniff"
+    (cookie,) = (c for c in ann.page.context.cookies() if c["name"] == "sessionid")
+    assert cookie["httpOnly"] and cookie["sameSite"] == "Lax"
+    for name, text in ("chat_message", "hello"), ("name", "Ann"), ("room", f"{room}-2"):
+        ann.open()
+        while ann.page.evaluate(f"{focus}.name") != name:
+            key.press("Tab")
+            outline = ann.page.evaluate(f"getComputedStyle({focus}).outlineStyle")
+            assert outline != "none" or ann.page.evaluate(f"{focus} == document.body")
+        key.type(text)
+        key.press("Enter")
+        ann.page.wait_for_selector(f"p:text('{text}'), h1:text('{text}'), [value='{text}']")
+    assert [u for u in requests if not u.startswith((server.url, "data:"))] == console == []
+
+
+@pytest.mark.skipif(not (shutil.which("npm") or os.getenv("CI")), reason="npm brings axe-core")
+def test_axe_finds_nothing_and_nothing_is_cut_off(server, tmp_path, room, open_window):
+    subprocess.run(["npm", "install", "--prefix", tmp_path, "axe-core@4"], check=True)
+    axe, line = (tmp_path / "node_modules/axe-core/axe.min.js").read_text(), Line(server)
+    ann, bob = open_window(line, room).open(), open_window(server, room).open()
+    bob.say("x" * 200)
+    ann.say("x" * 2001)
+    expect(ann.page.locator("#error")).not_to_be_empty()
+    line.cut()
+    ann.say("unsent")
+    bob.page.goto(f"{server.url}/login/")
+    for page in ann.page, bob.page:
+        page.evaluate(axe)
+        for width, scheme in (360, "light"), (360, "dark"), (1280, "light"), (1280, "dark"):
+            page.set_viewport_size({"width": width, "height": 640})
+            page.emulate_media(color_scheme=scheme)
+            found = [rule["id"] for rule in page.evaluate("axe.run()")["violations"]]
+            assert found == [], f"{page.url} at {width} pixels, {scheme}"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+################ Starting, in all the ways that there are
+
+
+def test_runserver_brings_the_open_page_back_after_every_edit(tmp_path, request, room, open_window):
+    program = shutil.copy(HERE / "chat.py", tmp_path)
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    server = Server(tmp_path, [sys.executable, program, "runserver", "PORT"])
+    request.addfinalizer(server.stop)
+    ann = open_window(server, room).open()
+    ann.say("before")
+    ann.shows("before")
+    Path(program).touch()
+    expect(ann.page.locator("#status")).not_to_have_text("Connected")
+    ann.say("after")
+    ann.shows("before", "after")
+    template = tmp_path / "templates/message.html"
+    template.write_text(template.read_text().replace("{{ message.text }}", "EDITED"))
+    eventually(lambda: ann.say("again") or ann.texts()[-1] == "EDITED")
+    assert "DEBUG = True" in ann.page.goto(f"{server.url}/nowhere").text()
+
+
+@pytest.mark.parametrize("command", ["uvicorn --port PORT", "daphne -p PORT"])
+def test_other_servers_serve_the_same_on_a_fresh_database(command, tmp_path, request):
+    server = Server(tmp_path, [sys.executable, "-m", *command.split(), "chat:application"])
+    request.addfinalizer(server.stop)
+    with Client(server) as ann:
+        ann.say("hello")
+        assert 'hx-swap-oob="beforeend:#content"' in ann.hear("hello")
+    assert b"hello" in server.get("/").read() and server.get("/static/django_htmx/htmx-2.min.js")
+
+
+def test_commands_work_or_say_in_a_line_why_not(server, room, open_window):
+    ann = open_window(server, room).open()
+    create = f"Message.objects.create(room='{room}', author='shell', name='Shell', text='hello')"
+    assert server.run("shell", "-c", f"from chat import Message; {create}").returncode == 0
+    eventually(lambda: ann.texts() == ["hello"], 3)
+    assert server.run("migrate").returncode == 0
+    warned = re.findall(r"\((\w+\.[WE]\d+)\)", server.run("check", "--deploy").stderr)
+    assert warned == ["security.W004", "security.W008", "security.W012", "security.W016"]
+    nowhere = {"DATABASE_URL": "sqlite:////nonexistent/x.sqlite3"}
+    for why, environment in ("already in use", {}), ("unable to open", nowhere):
+        ended = server.run(**environment)
+        assert ended.returncode != 0 and re.fullmatch(f".*{why}.*\n", ended.stderr)
 
 
 if __name__ == "__main__":
