@@ -5,7 +5,6 @@
 """A whole real-time chat: `python chat.py`, then http://127.0.0.1:8000 in two windows."""
 
 import asyncio
-import json
 import os
 import sys
 from contextlib import suppress
@@ -16,7 +15,7 @@ import dj_database_url
 import django.conf
 import uvicorn
 from asgiref.sync import async_to_sync
-from django.core import asgi, exceptions, management
+from django.core import asgi, exceptions, management, signals
 
 ################ Settings
 SERVE = __name__ == "__main__" and len(sys.argv) == 1  # `python chat.py` without a command
@@ -34,8 +33,8 @@ django.conf.settings.configure(
     ALLOWED_HOSTS=os.getenv("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(","),
     INSTALLED_APPS=[
         *([] if SERVE else ["daphne"]),  # for runserver; it takes half of the time to start
-        *("chat", "channels", "django_htmx", "django.contrib.auth", "django.contrib.contenttypes"),
-        *("django.contrib.sessions", "django.contrib.staticfiles"),
+        *("chat", "channels", "django_htmx"),
+        *(f"django.contrib.{app}" for app in ("auth", "contenttypes", "sessions", "staticfiles")),
     ],
     MIDDLEWARE=[
         "django.middleware.security.SecurityMiddleware",
@@ -59,10 +58,12 @@ from channels.generic.websocket import AsyncJsonWebsocketConsumer
 from channels.security.websocket import AllowedHostsOriginValidator, WebsocketDenier
 from django.contrib.auth import get_user, get_user_model, views
 from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
-from django.db import Error, models
+from django.db import Error, connections, models
 from django.shortcuts import redirect, render
 from django.template.loader import render_to_string
 from django.urls import path, re_path
+
+signals.request_finished.connect(lambda **_: connections.close_all(), weak=False)  # its thread ends
 
 
 ################ Messages: the database is the truth
@@ -81,8 +82,8 @@ class Message(models.Model):
 
 def say(room, request, content):
     """Store a message, once for each key. Return what is wrong with it: [] when it is stored."""
-    text, key = content.get("chat_message", ""), content.get("key") or uuid4()
-    message = Message(room=room, text=text.strip(), key=key, **speaker(request))
+    text = content.get("chat_message", "").replace("\0", " ").strip()  # PostgreSQL takes no NUL
+    message = Message(room=room, text=text, key=content.get("key") or uuid4(), **speaker(request))
     try:
         message.clean_fields()
     except exceptions.ValidationError as error:
@@ -93,7 +94,8 @@ def say(room, request, content):
 
 async def announce(room):
     """Tell every process to look at the room. Where this gets lost, they look by themselves."""
-    await layers.get_channel_layer().group_send(f"room.{room}", {"type": "said"})
+    with suppress(Exception):
+        await layers.get_channel_layer().group_send(f"room.{room}", {"type": "said"})
 
 
 ################ Speakers: accounts and guests
@@ -110,7 +112,7 @@ def speaker(request):
 ################ Rooms: each message rendered once, for all windows
 class Room:
     def __init__(self, slug):
-        self.windows, self.recent, self.count = set(), [], None
+        self.windows, self.log, self.count = set(), [], None
         self.changed, self.task = asyncio.Event(), asyncio.create_task(self.run(slug))
 
     async def run(self, slug):
@@ -119,19 +121,17 @@ class Room:
         channel = await layer.new_channel()
         while self.windows:
             try:
-                newest = self.recent[-1].id if self.recent else 0
-                log = Message.objects.filter(room=slug, id__gt=newest)
-                found = (await db.database_sync_to_async(list)(log[: KEPT + 1]))[::-1]
+                new = Message.objects.filter(room=slug, id__gt=self.log[-1].id if self.log else 0)
+                found = (await db.database_sync_to_async(list)(new[: KEPT + 1]))[::-1]
                 for message in found:
                     message.html = render_to_string("message.html", {"message": message})
-                self.recent = (self.recent + found)[-KEPT:]
+                self.log = (self.log + found)[-KEPT:]
                 self.count = (self.count or 0) + len(found)
                 self.changed.set()
                 self.changed = asyncio.Event()
                 await layer.group_add(group, channel)  # again and again: a membership expires
-                await asyncio.wait_for(layer.receive(channel), timeout=2)
-            except TimeoutError:
-                pass  # nobody said anything, or the event got lost
+                with suppress(TimeoutError):  # look again all the same: the layer may lose an event
+                    await asyncio.wait_for(layer.receive(channel), timeout=2)
             except Exception as error:  # noqa: BLE001 (a restarting database, a template being edited)
                 print(f"Room {slug} will look again: {error!r}", file=sys.stderr)
                 await asyncio.sleep(2)
@@ -151,8 +151,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         window = asyncio.create_task(self.show(room))
         room.windows.add(window)
         window.add_done_callback(room.windows.discard)
-        # disconnect() is not called when a handler fails or the server stops; this is.
-        asyncio.current_task().add_done_callback(lambda _: window.cancel())
+        asyncio.current_task().add_done_callback(lambda _: window.cancel())  # on every way out
 
     async def show(self, room):
         """Send all that is new in one frame, then again: as fast as this window reads."""
@@ -161,19 +160,19 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
             while True:
                 while room.count in (None, seen):
                     await room.changed.wait()
-                if seen is None or room.count - seen > len(room.recent):
-                    swap, messages = "innerHTML", room.recent[-HISTORY:]
+                if seen is None or room.count - seen > len(room.log):
+                    swap, messages = "innerHTML", room.log[-HISTORY:]
                 else:
-                    swap, messages = "beforeend", room.recent[seen - room.count :]
+                    swap, messages = "beforeend", room.log[seen - room.count :]
                 seen, html = room.count, "".join(message.html for message in messages)
                 await self.send(f'<div hx-swap-oob="{swap}:#content">{html}</div>')
 
     async def receive(self, text_data=None, bytes_data=None):
-        """Answer any frame: what is no JSON object, or no text in it, counts as nothing said."""
         content = {}
         with suppress(AttributeError, TypeError, ValueError, RecursionError):
-            fields = json.loads(text_data[: 64 * 1024]).items()
-            content = {k: v for k, v in fields if isinstance(v, str) and v.encode()}
+            fields = await self.decode_json(text_data[: 64 * 1024])
+            known = {name: fields[name] for name in ("chat_message", "key") if fields.get(name)}
+            content = {k: v.encode(errors="replace").decode() for k, v in known.items()}
         await self.receive_json(content)
         await asyncio.sleep(0.01)  # seconds: nobody notices but a flooder
 
@@ -181,7 +180,8 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         errors = await db.database_sync_to_async(say)(self.slug, self, content)
         if errors or "key" in content:
             await self.send(render_to_string("answer.html", {**content, "errors": errors}))
-        await announce(self.slug)
+        if not errors:
+            await announce(self.slug)
 
 
 ################ Pages
@@ -232,8 +232,9 @@ async def websocket(scope, receive, send):
         await send({"type": "websocket.accept"})
         await send({**close, "code": 4403})
 
-    # Consumers send past the session middleware, which would take a fifth of a delivery's time.
-    await stack({**scope, "send": send}, receive, refuse)
+    await stack(
+        {**scope, "send": send}, receive, refuse
+    )  # the session's own send is a fifth slower
 
 
 http = ASGIStaticFilesHandler(asgi.get_asgi_application())
@@ -247,7 +248,6 @@ except Error as error:
 if SERVE:
     host, port = os.getenv("HOST", "127.0.0.1"), int(os.getenv("PORT", "8000"))
     print(f"Starting the chat at http://{host}:{port} (Ctrl-C ends it)", flush=True)
-    # No compression: small messages. Three seconds to end: some client may never read.
     how = {"log_level": "warning", "ws_per_message_deflate": False, "timeout_graceful_shutdown": 3}
     uvicorn.run(application, host=host, port=port, **how)
 elif __name__ == "__main__":

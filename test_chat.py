@@ -222,7 +222,14 @@ class Window:
         return self.page.input_value("input[name=chat_message]")
 
     def shows(self, *texts):
-        return eventually(lambda: self.texts() == list(texts) and not self.unsent())
+        eventually(lambda: self.texts() == list(texts) and not self.unsent())
+
+    def shows_the_end_of(self, log, seconds=10):
+        """An unbroken run of the log up to its newest message, at least the history of 50."""
+        eventually(
+            lambda: (texts := self.texts()) == log[-len(texts) :] and len(texts) >= 50, seconds
+        )
+        assert not self.unsent()
 
 
 @pytest.fixture(scope="session")
@@ -339,7 +346,7 @@ def test_a_server_killed_at_the_press_of_enter_loses_and_repeats_nothing(
             own_server.start()
     eventually(lambda: own_server.stored(room) == said)
     for window in ann, bob:
-        window.shows(*said[-len(window.texts()) :])
+        window.shows_the_end_of(said)
 
 
 def test_a_line_cut_at_every_press_of_enter_loses_and_repeats_nothing(server, room, open_window):
@@ -389,9 +396,7 @@ def test_windows_that_were_away_come_to_show_the_same_log(own_server, room, open
     assert sorted(log) == sorted(f"{name} {n}" for name in ("Cleo", "Dan") for n in range(150))
     for window in windows:
         window.open()
-        eventually(lambda window=window: window.texts()[-1:] == log[-1:], 2)
-        assert window.texts() == log[-len(window.texts()) :]
-        assert len(window.texts()) >= 50
+        window.shows_the_end_of(log, 2)
 
 
 ################ The page
