@@ -32,8 +32,7 @@ django.conf.settings.configure(
     SECRET_KEY=os.environ.setdefault("SECRET_KEY", uuid4().hex + uuid4().hex),
     ALLOWED_HOSTS=os.getenv("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(","),
     INSTALLED_APPS=[
-        *([] if SERVE else ["daphne"]),  # for runserver; it takes half of the time to start
-        *("chat", "channels", "django_htmx"),
+        *("chat", "channels", "django_htmx", *([] if SERVE else ["daphne"])),  # slow to import
         *(f"django.contrib.{app}" for app in ("auth", "contenttypes", "sessions", "staticfiles")),
     ],
     MIDDLEWARE=[
@@ -184,9 +183,8 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
             await announce(self.slug)
 
 
-################ Pages
+################ Pages: a POST is the way to speak without JavaScript
 def page(request, slug=LOBBY):
-    """A room. A POST says something there, or changes a guest's name, without JavaScript."""
     errors = []
     if request.method == "POST":
         errors = rename(request) if "name" in request.POST else say(slug, request, request.POST)
@@ -232,9 +230,7 @@ async def websocket(scope, receive, send):
         await send({"type": "websocket.accept"})
         await send({**close, "code": 4403})
 
-    await stack(
-        {**scope, "send": send}, receive, refuse
-    )  # the session's own send is a fifth slower
+    await stack({**scope, "send": send}, receive, refuse)  # the session's send is a fifth slower
 
 
 http = ASGIStaticFilesHandler(asgi.get_asgi_application())

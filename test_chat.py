@@ -17,6 +17,8 @@ import shutil
 import signal
 import socket
 import sqlite3
+import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -24,16 +26,20 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from playwright.sync_api import expect, sync_playwright
-from websockets.exceptions import WebSocketException
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import connect
 
 HERE = Path(__file__).resolve().parent
 CHAT = [sys.executable, "chat.py"]
+UVICORN = [sys.executable, "-m", "uvicorn", "--port", "PORT", "chat:application"]
+DAPHNE = [sys.executable, "-m", "daphne", "-p", "PORT", "chat:application"]
 
 ################ The stage: servers, windows, and lines that can be cut
 
@@ -45,6 +51,15 @@ def eventually(is_so, seconds=10):
         assert time.monotonic() < end, f"not within {seconds} s: {is_so}"
         time.sleep(0.02)
     return result
+
+
+def together(do, things):
+    """Do it to all things at the same time."""
+    threads = [threading.Thread(target=do, args=[thing]) for thing in things]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def free_port():
@@ -87,7 +102,7 @@ class Server:
 
     def stop(self, how=signal.SIGTERM):
         self.process.send_signal(how)
-        return self.process.wait(10)
+        self.process.wait(10)
 
     def kill(self):
         self.stop(signal.SIGKILL)
@@ -241,11 +256,22 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def own_server(tmp_path):
+def start(tmp_path):
+    """Starts servers that end with the test."""
+    with ExitStack() as ends:
+
+        def start(*arguments):
+            server = Server(tmp_path, *arguments)
+            ends.callback(server.stop)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def own_server(start):
     """A server to be killed."""
-    server = Server(tmp_path)
-    yield server
-    server.kill()
+    return start()
 
 
 @pytest.fixture
@@ -399,6 +425,244 @@ def test_windows_that_were_away_come_to_show_the_same_log(own_server, room, open
         window.shows_the_end_of(log, 2)
 
 
+def test_twenty_people_typing_at_full_speed_all_see_the_whole_log(server, room, open_window):
+    line = Line(server)
+    ann = open_window(line, room).open()
+    with ExitStack() as clients:
+        people = [clients.enter_context(Client(server, room)) for _ in range(20)]
+        away = clients.enter_context(Client(line, room))
+        line.hold()
+        together(lambda client: [client.say(str(count)) for count in range(25)], people)
+        eventually(lambda: len(server.stored(room)) == 500, 30)
+        line.mend()
+        people[0].say("the end")
+        for client in *people, away:
+            client.hear("the end")
+            assert client.texts() == server.stored(room)
+        ann.shows(*server.stored(room))
+
+
+UNTRUSTED = """
+import chat, uvicorn
+layer = chat.layers.get_channel_layer()
+group_send = layer.group_send
+async def untrusted(group, event):
+    if group == "room.fails":
+        raise ConnectionError("the layer is down")
+    for _ in range({"room.drops": 0, "room.repeats": 150}[group]):
+        await group_send(group, event)
+layer.group_send = untrusted
+uvicorn.run(chat.application, port=PORT, log_level="warning")
+"""
+
+
+def test_a_layer_that_fails_drops_or_repeats_events_costs_two_seconds_at_most(start):
+    server = start([sys.executable, "-c", UNTRUSTED])
+    for room in "fails", "drops", "repeats":
+        with Client(server, room) as ann, Client(server, room) as bob:
+            for text in "one", "two", "three":
+                key = str(uuid.uuid4())
+                ann.say(text, key=key)
+                ann.hear(f"unsent-{key}", 2)
+            for client in ann, bob:
+                client.hear("three", 4)
+                assert client.texts() == ["one", "two", "three"]
+    assert "Traceback" not in server.log()
+
+
+def test_the_same_key_is_one_message_and_tells_nothing_of_whose_it_is(server, room):
+    keys = [str(uuid.uuid4()) for _ in range(20)]
+    with Client(server, room) as ann, Client(server, room) as bob, Client(server) as carl:
+        for _ in range(2):
+            ann.say("typed twice")
+            for key in keys:
+                ann.say(key, key=key)
+                bob.say(key, key=key)
+        answers = {c.hear(f"unsent-{k}").replace(k, "") for c in (ann, bob) for k in keys * 2}
+        carl.say("not yours", key=keys[0])
+        answers.add(carl.hear(f"unsent-{keys[0]}").replace(keys[0], ""))
+    assert len(answers) == 1
+    assert sorted(server.stored(room)) == sorted([*keys, "typed twice", "typed twice"])
+    assert "not yours" not in server.stored("lobby")
+
+
+################ Standing: nobody notices what one client does, or leaves undone
+
+MALFORMED = [
+    *("no JSON", "[]", "7", '"text"', "null", "{}", "", "[" * 200_000, b"", b"\xff", "1" * 5000),
+    *('{"chat_message": %s}' % value for value in ("7", "[]", "{}", "true", '" "', '"\\u0000"')),
+    *(json.dumps({"chat_message": "x", "key": key}) for key in ("7", "\0", "\ud800", "<b>")),
+    *(json.dumps({"chat_message": "a" + "\u0301" * length}) for length in (9000, 17_000_000)),
+]
+UNUSUAL = ["\u202eright to left", "a" + "\u0301" * 1999, "{{ 7 }}", "<script>alert(1)</script>"]
+UNUSUAL += ["<b hx-get='/' hx-trigger='load' hx-swap-oob='true' id='content'>", "\ud800", "end"]
+
+
+@pytest.mark.parametrize("command", [CHAT, DAPHNE], ids=["uvicorn", "daphne"])
+def test_malformed_frames_are_answered_and_nobody_else_notices(start, command):
+    server = start(command)
+    with Client(server) as bystander, Client(server, close_timeout=0) as flooder:
+        for frame in MALFORMED:
+            with Client(server, uuid.uuid4().hex) as client:
+                try:
+                    client.socket.send(frame)
+                    client.hear("</p>", 5)
+                except ConnectionClosed as closed:
+                    assert len(frame) > 10**6, frame[:50]
+                    assert not closed.rcvd or closed.rcvd.code == 1009  # a reset may overtake it
+        for _ in range(1000):
+            flooder.socket.send("[]")
+        for text in UNUSUAL:
+            bystander.say(text, **{"\ud800": "1", "a": "\ud800", "errors": "x", "HEADERS": {}})
+            bystander.hear("</article>", 3)
+        assert server.stored("lobby") == [text.replace("\ud800", "?") for text in UNUSUAL]
+        assert "<script" not in str(bystander.frames) and "<b hx" not in str(bystander.frames)
+    assert "Traceback" not in server.log()
+
+
+def test_no_frame_whatsoever_ends_a_connection(server, room):
+    anything = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+    ours = st.fixed_dictionaries({}, optional={"chat_message": anything, "key": anything})
+    text = st.text(st.characters(codec="utf-8"))
+    with Client(server, room) as client:
+
+        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(text | st.binary() | anything.map(json.dumps) | ours.map(json.dumps))
+        def is_survived(frame):
+            key = str(uuid.uuid4())
+            client.socket.send(frame)
+            client.say("", key=key)
+            client.hear(f'data-key="{key}"')
+
+        is_survived()
+    assert "Traceback" not in server.log()
+
+
+def test_a_refused_socket_gets_a_code_that_ends_retries_and_one_line_of_log(own_server):
+    before = own_server.log().count("\n")
+    strangers = ("no/such/path", "http://localhost"), (None, "http://evil.example"), (None, None)
+    for number, (path, origin) in enumerate(strangers, 1):
+        with Client(own_server, path, origin=origin) as client:
+            with pytest.raises(ConnectionClosed) as closed:
+                client.hear("anything")
+        assert 4000 <= closed.value.rcvd.code < 5000
+        eventually(lambda lines=before + number: own_server.log().count("\n") == lines)
+    assert "Traceback" not in own_server.log()
+
+
+def delivery(ann, bob):
+    """The median of the seconds that a message takes from one to the other."""
+    times = []
+    for _ in range(40):
+        time.sleep(0.02)  # the server's pause after each frame
+        text, start = uuid.uuid4().hex, time.monotonic()
+        ann.say(text)
+        bob.hear(text)
+        times.append(time.monotonic() - start)
+    return statistics.median(times)
+
+
+def test_readers_that_stop_and_a_flooder_hold_up_nobody_nor_the_end(own_server, room):
+    def memory():
+        status = Path(f"/proc/{own_server.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1000  # MB
+
+    def stuck_reader():
+        end = socket.socket()
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        end.connect(("127.0.0.1", own_server.port))
+        return Client(own_server, room, sock=end, max_queue=1, ping_interval=None, close_timeout=0)
+
+    with ExitStack() as clients:
+        enter = clients.enter_context
+        ann, bob, *writers = (enter(Client(own_server, room, close_timeout=0)) for _ in range(6))
+        undisturbed, before = delivery(ann, bob), memory()
+        stuck = [enter(stuck_reader()) for _ in range(10)]
+        together(lambda writer: [writer.say("💬" * 2000) for _ in range(150)], writers)
+        eventually(lambda: len(own_server.stored(room)) == 640, 30)
+        assert memory() - before < 40
+        assert delivery(ann, bob) < 2 * undisturbed + 0.005
+        flood = threading.Thread(target=lambda: [writers[0].say("flood") for _ in range(3000)])
+        flood.start()
+        assert delivery(ann, bob) < 2 * undisturbed + 0.005
+        writers[0].socket.socket.shutdown(socket.SHUT_RDWR)
+        ann.say("the end")
+        for client in stuck[1:]:
+            client.hear("the end", 20)
+            assert client.texts() == own_server.stored(room)[: len(client.texts())]
+        together(lambda writer: [writer.say("💬" * 2000) for _ in range(100)], writers[1:])
+        started = time.monotonic()
+        own_server.stop(signal.SIGINT)
+        assert time.monotonic() - started < 5
+    assert "Traceback" not in own_server.log()
+
+
+COUNTING = """
+import asyncio, os, chat, uvicorn
+async def counting(scope, receive, send):
+    if scope["path"] != "/counts":
+        return await chat.application(scope, receive, send)
+    layer, files = chat.layers.get_channel_layer(), os.listdir("/proc/self/fd")
+    counts = [len(c) for c in (files, asyncio.all_tasks(), chat.rooms, layer.groups, layer.channels)]
+    await send({"type": "http.response.start", "status": 200})
+    await send({"type": "http.response.body", "body": str(counts).encode()})
+uvicorn.run(counting, port=PORT, log_level="warning")
+"""
+
+
+def test_a_thousand_visits_that_end_in_every_way_leave_nothing_behind(start, room):
+    server = start([sys.executable, "-c", COUNTING])
+
+    def counts():
+        return json.loads(server.get("/counts").read())
+
+    def visit(number):
+        client = Client(server, "no/such" if number % 5 == 4 else f"{room}-{number % 7}")
+        if number % 5 == 1:
+            client.say("cut off while the server stores this")
+            linger = struct.pack("ii", 1, 0)
+            client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.socket.socket.close()
+        elif number % 5 == 2:
+            client.socket.socket.sendall(b"no frame at all" * 9)
+        elif number % 5 == 3:
+            server.get("/").read()
+        client.socket.close()
+
+    together(visit, range(10))
+    time.sleep(3)
+    before = counts()
+    for start in range(10, 1010, 20):
+        together(visit, range(start, start + 20))
+    eventually(lambda: all(now <= then + 2 for now, then in zip(counts(), before)))
+    assert "Traceback" not in server.log()
+
+
+def test_markup_that_got_past_escaping_does_not_run(start, tmp_path, open_window):
+    program = shutil.copy(HERE / "chat.py", tmp_path)
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    template = tmp_path / "templates/message.html"
+    template.write_text(template.read_text().replace("message.text", "message.text|safe"))
+    server, refused = start([sys.executable, program]), []
+    ann = open_window(server).open()
+    ann.page.on("console", lambda line: refused.append("Content Security Policy" in line.text))
+    for _ in range(2):
+        ann.say("""<i onclick="document.title='run'">x</i><img src=x onerror="document.title='run'">
+            <script>document.title='run'</script><a href="javascript:document.title='run'">y</a>""")
+        ann.page.locator("#content i").first.click()
+        ann.page.locator("#content a").first.click()
+        ann.page.reload()
+        ann.open()
+    assert ann.page.title() == "#lobby · Chat" and any(refused)
+    with Client(server) as bob:
+        frame = bob.hear("#content")
+        assert not any(cookie["value"] in frame for cookie in ann.page.context.cookies())
+        assert "csrf" not in frame and "nonce" not in frame
+
+
 ################ The page
 
 
@@ -541,11 +805,10 @@ def test_axe_finds_nothing_and_nothing_is_cut_off(server, tmp_path, room, open_w
 ################ Starting, in all the ways that there are
 
 
-def test_runserver_brings_the_open_page_back_after_every_edit(tmp_path, request, room, open_window):
+def test_runserver_brings_the_open_page_back_after_every_edit(start, tmp_path, room, open_window):
     program = shutil.copy(HERE / "chat.py", tmp_path)
     shutil.copytree(HERE / "templates", tmp_path / "templates")
-    server = Server(tmp_path, [sys.executable, program, "runserver", "PORT"])
-    request.addfinalizer(server.stop)
+    server = start([sys.executable, program, "runserver", "PORT"])
     ann = open_window(server, room).open()
     ann.say("before")
     ann.shows("before")
@@ -559,10 +822,9 @@ def test_runserver_brings_the_open_page_back_after_every_edit(tmp_path, request,
     assert "DEBUG = True" in ann.page.goto(f"{server.url}/nowhere").text()
 
 
-@pytest.mark.parametrize("command", ["uvicorn --port PORT", "daphne -p PORT"])
-def test_other_servers_serve_the_same_on_a_fresh_database(command, tmp_path, request):
-    server = Server(tmp_path, [sys.executable, "-m", *command.split(), "chat:application"])
-    request.addfinalizer(server.stop)
+@pytest.mark.parametrize("command", [DAPHNE, UVICORN], ids=["daphne", "uvicorn"])
+def test_other_servers_serve_the_same_on_a_fresh_database(start, command):
+    server = start(command)
     with Client(server) as ann:
         ann.say("hello")
         assert 'hx-swap-oob="beforeend:#content"' in ann.hear("hello")
