@@ -16,6 +16,7 @@ import django.conf
 import uvicorn
 from asgiref.sync import async_to_sync
 from django.core import asgi, exceptions, management, signals
+from django.db import Error, connections, models
 
 ################ Settings
 SERVE = __name__ == "__main__" and len(sys.argv) == 1  # `python chat.py` without a command
@@ -51,22 +52,23 @@ django.conf.settings.configure(
 )
 django.setup()
 django.apps.apps.get_app_config("chat").models_module = sys.modules["chat"]  # migrate looks there
+signals.request_finished.connect(lambda **_: connections.close_all(), weak=False)  # its thread ends
 
 from channels import auth, db, layers, routing
 from channels.generic.websocket import AsyncJsonWebsocketConsumer
 from channels.security.websocket import AllowedHostsOriginValidator, WebsocketDenier
 from django.contrib.auth import get_user, get_user_model, views
+from django.contrib.auth.forms import UserCreationForm
 from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
-from django.db import Error, connections, models
 from django.shortcuts import redirect, render
 from django.template.loader import render_to_string
 from django.urls import path, re_path
-
-signals.request_finished.connect(lambda **_: connections.close_all(), weak=False)  # its thread ends
+from django.views.generic import CreateView
 
 
 ################ Messages: the database is the truth
 class Message(models.Model):
+    __module__ = "chat"  # the app it belongs to, also when this file is run as a script
     id = models.BigAutoField(primary_key=True)  # in the order of the room's log
     key = models.UUIDField(default=uuid4, unique=True)
     room = models.CharField(max_length=50, db_index=True)
@@ -74,9 +76,6 @@ class Message(models.Model):
     name = models.CharField(max_length=150)
     text = models.CharField(max_length=2000, error_messages={"blank": "Please type something."})
     said_at = models.DateTimeField(auto_now_add=True)
-
-    class Meta:
-        app_label, ordering = "chat", ("-id",)
 
 
 def say(room, request, content):
@@ -121,10 +120,10 @@ class Room:
         while self.windows:
             try:
                 new = Message.objects.filter(room=slug, id__gt=self.log[-1].id if self.log else 0)
-                found = (await db.database_sync_to_async(list)(new[: KEPT + 1]))[::-1]
+                found = await db.database_sync_to_async(list)(new.order_by("-id")[: KEPT + 1])
                 for message in found:
                     message.html = render_to_string("message.html", {"message": message})
-                self.log = (self.log + found)[-KEPT:]
+                self.log = (self.log + found[::-1])[-KEPT:]
                 self.count = (self.count or 0) + len(found)
                 self.changed.set()
                 self.changed = asyncio.Event()
@@ -179,8 +178,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         errors = await db.database_sync_to_async(say)(self.slug, self, content)
         if errors or "key" in content:
             await self.send(render_to_string("answer.html", {**content, "errors": errors}))
-        if not errors:
-            await announce(self.slug)
+        await announce(self.slug)
 
 
 ################ Pages: a POST is the way to speak without JavaScript
@@ -191,7 +189,7 @@ def page(request, slug=LOBBY):
         if not errors:
             async_to_sync(announce)(slug)
             return redirect(request.path)
-    nonce, messages = uuid4(), Message.objects.filter(room=slug)[:HISTORY]
+    nonce, messages = uuid4(), Message.objects.filter(room=slug).order_by("-id")[:HISTORY]
     context = {"slug": slug, "messages": messages, "me": speaker(request), "post": request.POST}
     context |= {"key": uuid4(), "csp_nonce": nonce, "errors": errors}
     response = render(request, "page.html", context, status=422 if errors else 200)
@@ -213,10 +211,12 @@ def rename(request):
 
 ################ Routes
 SLUG = "(?P<slug>[-a-zA-Z0-9_]{1,50})"  # left out, it is the lobby
+form = {"template_name": "account.html"}
 urlpatterns = [
     re_path(f"^(?:chat/{SLUG}/|name/)?$", page),
     path("chat/", lambda request: redirect(f"/chat/{request.GET.get('room', LOBBY)}/")),
-    path("login/", views.LoginView.as_view(template_name="login.html", next_page="/")),
+    path("signup/", CreateView.as_view(form_class=UserCreationForm, success_url="/login/", **form)),
+    path("login/", views.LoginView.as_view(next_page="/", **form)),
     path("logout/", views.LogoutView.as_view(next_page="/")),
 ]
 chat, nowhere = ChatConsumer.as_asgi(), WebsocketDenier.as_asgi()
