@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["django", "channels", "daphne", "uvicorn[standard]", "django-htmx", "dj-database-url"]
+# dependencies = ["django","channels","daphne","uvicorn[standard]","django-htmx","dj-database-url"]
 # ///
 """A whole real-time chat: `python chat.py`, then http://127.0.0.1:8000 in two windows."""
 
@@ -130,7 +130,7 @@ class Room:
                 await layer.group_add(group, channel)  # again and again: a membership expires
                 with suppress(TimeoutError):  # look again all the same: the layer may lose an event
                     await asyncio.wait_for(layer.receive(channel), timeout=2)
-            except Exception as error:  # noqa: BLE001 (a restarting database, a template being edited)
+            except Exception as error:  # noqa: BLE001 (the database is away, say)
                 print(f"Room {slug} will look again: {error!r}", file=sys.stderr)
                 await asyncio.sleep(2)
         del rooms[slug]
