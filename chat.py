@@ -7,50 +7,52 @@
 import asyncio
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import quote
 from uuid import uuid4
 
 import dj_database_url
-import django.conf
+import django
 import uvicorn
 from asgiref.sync import async_to_sync
 from django.core import asgi, exceptions, management, signals
-from django.db import Error, connections, models
+from django.db import Error, connection, connections, models, transaction
 
 ################ Settings
-SERVE = __name__ == "__main__" and len(sys.argv) == 1  # `python chat.py` without a command
-DATABASE = dj_database_url.config(default=f"sqlite:///{quote(__file__[:-3])}.sqlite3")
-DATABASE["CONN_MAX_AGE"] = None  # to open a connection takes longer than to store a message
-if "sqlite" in DATABASE["ENGINE"]:
-    wal = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
-    DATABASE["OPTIONS"] = {"init_command": wal, "transaction_mode": "IMMEDIATE", "timeout": 20}
 LOBBY, HISTORY, KEPT = "lobby", 50, 1000  # messages: shown on arrival, held for who lags behind
 rooms = {}  # those with open windows, by slug
+DEBUG = os.getenv("DEBUG", str("runserver" in sys.argv)).lower() in ("1", "true", "yes", "on")
+SECRET_KEY = os.environ.setdefault("SECRET_KEY", uuid4().hex + uuid4().hex)
+ALLOWED_HOSTS = os.getenv("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(",")
+INSTALLED_APPS = ["daphne"] if "runserver" in sys.argv else []  # it is slow to import
+INSTALLED_APPS += ["chat", "django_htmx", "django.contrib.auth", "django.contrib.contenttypes"]
+INSTALLED_APPS += ["django.contrib.sessions", "django.contrib.staticfiles"]
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+]
+TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
+STATIC_URL, ROOT_URLCONF, ASGI_APPLICATION = "static/", "chat", "chat.application"
+LOGGING_CONFIG = None  # Django would mail errors to nobody; Python prints them
+LAYER = {"BACKEND": "channels.layers.InMemoryChannelLayer"}
+if url := os.getenv("REDIS_URL"):
+    LAYER = {"BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer", "CONFIG": {"hosts": [url]}}
+CHANNEL_LAYERS = {"default": LAYER}
 sys.modules["chat"] = sys.modules[__name__]  # the app "chat" is this file, however it was started
-django.conf.settings.configure(
-    DEBUG=os.getenv("DEBUG", str("runserver" in sys.argv)).lower() in ("1", "true", "yes", "on"),
-    SECRET_KEY=os.environ.setdefault("SECRET_KEY", uuid4().hex + uuid4().hex),
-    ALLOWED_HOSTS=os.getenv("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(","),
-    INSTALLED_APPS=[
-        *("chat", "channels", "django_htmx", *([] if SERVE else ["daphne"])),  # slow to import
-        *(f"django.contrib.{app}" for app in ("auth", "contenttypes", "sessions", "staticfiles")),
-    ],
-    MIDDLEWARE=[
-        "django.middleware.security.SecurityMiddleware",
-        "django.middleware.clickjacking.XFrameOptionsMiddleware",
-        "django.contrib.sessions.middleware.SessionMiddleware",
-        "django.middleware.csrf.CsrfViewMiddleware",
-    ],
-    TEMPLATES=[{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}],
-    STATIC_URL="static/",
-    DATABASES={"default": DATABASE},
-    CHANNEL_LAYERS={"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}},
-    ROOT_URLCONF="chat",
-    ASGI_APPLICATION="chat.application",
-    LOGGING_CONFIG=None,  # Django would mail errors to nobody; Python prints them
-)
-django.setup()
+os.environ["DJANGO_SETTINGS_MODULE"] = "chat"  # and so are its settings
+try:
+    DATABASE = dj_database_url.config(default=f"sqlite:///{quote(__file__[:-3])}.sqlite3")
+    DATABASE |= {"CONN_MAX_AGE": None, "CONN_HEALTH_CHECKS": True}  # to open one takes long
+    if "sqlite" in DATABASE["ENGINE"]:
+        wal = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
+        DATABASE["OPTIONS"] = {"init_command": wal, "transaction_mode": "IMMEDIATE", "timeout": 20}
+    DATABASES = {"default": DATABASE}
+    django.setup()
+except (ValueError, exceptions.ImproperlyConfigured) as error:
+    sys.exit(f'DATABASE_URL: {error} (for PostgreSQL: pip install "psycopg[binary]")')
 django.apps.apps.get_app_config("chat").models_module = sys.modules["chat"]  # migrate looks there
 signals.request_finished.connect(lambda **_: connections.close_all(), weak=False)  # its thread ends
 
@@ -79,21 +81,23 @@ class Message(models.Model):
 
 
 def say(room, request, content):
-    """Store a message, once for each key. Return what is wrong with it: [] when it is stored."""
+    """Store a message, once for each key. Return what is wrong with it, if anything."""
     text = content.get("chat_message", "").replace("\0", " ").strip()  # PostgreSQL takes no NUL
     message = Message(room=room, text=text, key=content.get("key") or uuid4(), **speaker(request))
     try:
         message.clean_fields()
     except exceptions.ValidationError as error:
         return error.messages
-    Message.objects.bulk_create([message], ignore_conflicts=True)
-    return []
+    with transaction.atomic():
+        if connection.vendor == "postgresql":  # writers in line: or id 8 is seen before 7
+            connection.cursor().execute("SELECT pg_advisory_xact_lock(hashtext(%s))", [room])
+        Message.objects.bulk_create([message], ignore_conflicts=True)
 
 
 async def announce(room):
     """Tell every process to look at the room. Where this gets lost, they look by themselves."""
-    with suppress(Exception):
-        await layers.get_channel_layer().group_send(f"room.{room}", {"type": "said"})
+    with suppress(Exception):  # and gives up after a second
+        await asyncio.wait_for(layers.get_channel_layer().group_send(room, {"type": "said"}), 1)
 
 
 ################ Speakers: accounts and guests
@@ -107,34 +111,45 @@ def speaker(request):
     return request.session.setdefault("guest", guest)
 
 
+def rename(request):
+    """Give a guest a name that can't be taken for an account's. Return what is wrong, if anything."""
+    name, guest = " ".join(request.POST["name"].split()), {"author": f"guest-{uuid4()}"}
+    accounts = get_user_model().objects.values_list("username", flat=True)
+    blank = set("✓\u115f\u1160\u2800\u3164\uffa0") & set(name) or not name.isprintable()
+    if blank or not 0 < len(name) <= 30 or name.casefold() in map(str.casefold, accounts):
+        return ["Please choose another name: up to 30 visible characters, and not an account's."]
+    request.session["guest"] = guest | request.session.get("guest", {}) | {"name": name}
+
+
 ################ Rooms: each message rendered once, for all windows
 class Room:
     def __init__(self, slug):
-        self.windows, self.log, self.count = set(), [], None
+        self.windows, self.log, self.count = set(), [], -1
         self.changed, self.task = asyncio.Event(), asyncio.create_task(self.run(slug))
 
     async def run(self, slug):
         """Look for new messages and wake the windows; an event says only: look again."""
-        layer, group = layers.get_channel_layer(), f"room.{slug}"
-        channel = await layer.new_channel()
+        layer, channel, event = layers.get_channel_layer(), f"room!{uuid4().hex}", None
         while self.windows:
+            while event is None or event.done():  # one look serves all events that are there
+                event = asyncio.create_task(layer.receive(channel))
+                await asyncio.sleep(0)
             try:
                 new = Message.objects.filter(room=slug, id__gt=self.log[-1].id if self.log else 0)
                 found = await db.database_sync_to_async(list)(new.order_by("-id")[: KEPT + 1])
                 for message in found:
                     message.html = render_to_string("message.html", {"message": message})
                 self.log = (self.log + found[::-1])[-KEPT:]
-                self.count = (self.count or 0) + len(found)
+                self.count = max(self.count, 0) + len(found)
                 self.changed.set()
                 self.changed = asyncio.Event()
-                await layer.group_add(group, channel)  # again and again: a membership expires
-                with suppress(TimeoutError):  # look again all the same: the layer may lose an event
-                    await asyncio.wait_for(layer.receive(channel), timeout=2)
-            except Exception as error:  # noqa: BLE001 (the database is away, say)
+                await asyncio.wait_for(layer.group_add(slug, channel), 2)  # a membership expires
+            except Exception as error:  # noqa: BLE001 (the database or the layer is away, say)
                 print(f"Room {slug} will look again: {error!r}", file=sys.stderr)
-                await asyncio.sleep(2)
+            await asyncio.wait([event], timeout=2)  # then look all the same: events get lost
         del rooms[slug]
-        await layer.group_discard(group, channel)
+        event.cancel()
+        await layer.group_discard(slug, channel)
 
 
 ################ The consumer: one for each open window
@@ -153,60 +168,42 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
 
     async def show(self, room):
         """Send all that is new in one frame, then again: as fast as this window reads."""
-        seen = None
+        seen = -1
         with suppress(OSError):  # the client has gone
             while True:
-                while room.count in (None, seen):
+                while seen == room.count:
                     await room.changed.wait()
-                if seen is None or room.count - seen > len(room.log):
-                    swap, messages = "innerHTML", room.log[-HISTORY:]
-                else:
-                    swap, messages = "beforeend", room.log[seen - room.count :]
-                seen, html = room.count, "".join(message.html for message in messages)
+                new, seen = room.count - seen, room.count
+                swap, size = ("beforeend", new) if new <= len(room.log) else ("innerHTML", HISTORY)
+                html = "".join(message.html for message in room.log[-size:])
                 await self.send(f'<div hx-swap-oob="{swap}:#content">{html}</div>')
 
     async def receive(self, text_data=None, bytes_data=None):
         content = {}
         with suppress(AttributeError, TypeError, ValueError, RecursionError):
-            fields = await self.decode_json(text_data[: 64 * 1024])
-            known = {name: fields[name] for name in ("chat_message", "key") if fields.get(name)}
-            content = {k: v.encode(errors="replace").decode() for k, v in known.items()}
-        await self.receive_json(content)
-        await asyncio.sleep(0.01)  # seconds: nobody notices but a flooder
-
-    async def receive_json(self, content):
+            fields = (await self.decode_json(text_data[: 64 * 1024])).items()
+            content = {k: v.encode(errors="replace").decode() for k, v in fields if type(v) is str}
         errors = await db.database_sync_to_async(say)(self.slug, self, content)
         if errors or "key" in content:
             await self.send(render_to_string("answer.html", {**content, "errors": errors}))
-        await announce(self.slug)
+        self.announcing = asyncio.create_task(announce(self.slug))  # Redis may be slow
+        await asyncio.sleep(0.01)  # seconds: nobody notices but a flooder
 
 
 ################ Pages: a POST is the way to speak without JavaScript
 def page(request, slug=LOBBY):
-    errors = []
-    if request.method == "POST":
-        errors = rename(request) if "name" in request.POST else say(slug, request, request.POST)
-        if not errors:
-            async_to_sync(announce)(slug)
-            return redirect(request.path)
+    post = request.POST
+    errors = post and (rename(request) if "name" in post else say(slug, request, post))
+    if post and not errors:
+        async_to_sync(announce)(slug)
+        return redirect(request.path)
     nonce, messages = uuid4(), Message.objects.filter(room=slug).order_by("-id")[:HISTORY]
-    context = {"slug": slug, "messages": messages, "me": speaker(request), "post": request.POST}
+    context = {"slug": slug, "messages": messages, "me": speaker(request), "post": post}
     context |= {"key": uuid4(), "csp_nonce": nonce, "errors": errors}
     response = render(request, "page.html", context, status=422 if errors else 200)
     response["Content-Security-Policy"] = f"default-src 'self' 'nonce-{nonce}'; img-src data:"
     response["Cache-Control"] = "no-store"  # the key is good for one message
     return response
-
-
-def rename(request):
-    """Give a guest a name that can't be taken for an account's. Return what is wrong with it."""
-    name, guest = " ".join(request.POST["name"].split()), {"author": f"guest-{uuid4()}"}
-    accounts = get_user_model().objects.values_list("username", flat=True)
-    blank = set("✓\u115f\u1160\u2800\u3164\uffa0") & set(name) or not name.isprintable()
-    if blank or not 0 < len(name) <= 30 or name.casefold() in map(str.casefold, accounts):
-        return ["Please choose another name: up to 30 visible characters, and not an account's."]
-    request.session["guest"] = guest | request.session.get("guest", {}) | {"name": name}
-    return []
 
 
 ################ Routes
@@ -238,10 +235,13 @@ application = routing.ProtocolTypeRouter({"http": http, "websocket": websocket})
 
 ################ Run
 try:
-    management.call_command("migrate", run_syncdb=True, verbosity=0)
-except Error as error:
-    sys.exit(f"DATABASE_URL: can't use the database: {error}")
-if SERVE:
+    with ThreadPoolExecutor() as thread:  # uvicorn's workers read this file in a running event loop
+        thread.submit(management.call_command, "migrate", run_syncdb=True, verbosity=0).result()
+        thread.submit(async_to_sync(layers.get_channel_layer().group_send), "room", {}).result()
+except Exception as error:  # noqa: BLE001
+    variable = "DATABASE_URL" if isinstance(error, Error) else "REDIS_URL, needs channels-redis"
+    sys.exit(f"{variable}: {' '.join(str(error).split())}")
+if __name__ == "__main__" and len(sys.argv) == 1:
     host, port = os.getenv("HOST", "127.0.0.1"), int(os.getenv("PORT", "8000"))
     print(f"Starting the chat at http://{host}:{port} (Ctrl-C ends it)", flush=True)
     how = {"log_level": "warning", "ws_per_message_deflate": False, "timeout_graceful_shutdown": 3}

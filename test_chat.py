@@ -315,9 +315,9 @@ from django import http
 layer = chat.layers.get_channel_layer()
 group_send = layer.group_send
 async def untrusted(group, event):
-    if group == "room.fails":
+    if group == "fails":
         raise ConnectionError("the layer is down")
-    for _ in range({"room.drops": 0, "room.repeats": 150}.get(group, 1)):
+    for _ in range({"drops": 0, "repeats": 150}.get(group, 1)):
         await group_send(group, event)
 async def counts(request):
     now = os.listdir("/proc/self/fd"), asyncio.all_tasks(), chat.rooms, layer.groups, layer.channels
