@@ -52,7 +52,7 @@ try:
     DATABASES = {"default": DATABASE}
     django.setup()
 except (ValueError, exceptions.ImproperlyConfigured) as error:
-    sys.exit(f'DATABASE_URL: {error} (for PostgreSQL: pip install "psycopg[binary]")')
+    sys.exit(f"DATABASE_URL: {' '.join(str(error).split())} (PostgreSQL needs psycopg[binary])")
 django.apps.apps.get_app_config("chat").models_module = sys.modules["chat"]  # migrate looks there
 signals.request_finished.connect(lambda **_: connections.close_all(), weak=False)  # its thread ends
 
@@ -199,7 +199,7 @@ def page(request, slug=LOBBY):
         return redirect(request.path)
     nonce, messages = uuid4(), Message.objects.filter(room=slug).order_by("-id")[:HISTORY]
     context = {"slug": slug, "messages": messages, "me": speaker(request), "post": post}
-    context |= {"key": uuid4(), "csp_nonce": nonce, "errors": errors}
+    context |= {"host": request.get_host(), "key": uuid4(), "csp_nonce": nonce, "errors": errors}
     response = render(request, "page.html", context, status=422 if errors else 200)
     response["Content-Security-Policy"] = f"default-src 'self' 'nonce-{nonce}'; img-src data:"
     response["Cache-Control"] = "no-store"  # the key is good for one message
@@ -239,7 +239,7 @@ try:
         thread.submit(management.call_command, "migrate", run_syncdb=True, verbosity=0).result()
         thread.submit(async_to_sync(layers.get_channel_layer().group_send), "room", {}).result()
 except Exception as error:  # noqa: BLE001
-    variable = "DATABASE_URL" if isinstance(error, Error) else "REDIS_URL, needs channels-redis"
+    variable = "DATABASE_URL" if isinstance(error, Error) else "REDIS_URL (needs channels-redis)"
     sys.exit(f"{variable}: {' '.join(str(error).split())}")
 if __name__ == "__main__" and len(sys.argv) == 1:
     host, port = os.getenv("HOST", "127.0.0.1"), int(os.getenv("PORT", "8000"))
