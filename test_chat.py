@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["django", "channels", "daphne", "uvicorn[standard]", "django-htmx",
-#   "dj-database-url", "hypothesis", "playwright", "pytest", "websockets"]
+#   "dj-database-url", "channels-redis", "psycopg[binary]", "axe-playwright-python", "hypothesis",
+#   "pytest", "pytest-playwright", "websockets"]
 # ///
 """What chat.py promises, tried on real servers and in a real browser; arguments go to pytest."""
 
@@ -15,21 +16,25 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM
+from signal import SIGCONT, SIGINT, SIGQUIT, SIGSTOP, SIGTERM
+from tempfile import TemporaryDirectory
 from urllib.request import urlopen
+from uuid import uuid4
 
+import psycopg
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 HERE = Path(__file__).resolve().parent
+README = (HERE / "README.md").read_text()
 expect.set_options(timeout=10_000)  # milliseconds
 
 
@@ -37,10 +42,9 @@ expect.set_options(timeout=10_000)  # milliseconds
 def eventually(is_so, seconds=10):
     """Wait until the condition holds; fail when it does not in time."""
     end = time.monotonic() + seconds
-    while not (result := is_so()):
+    while not is_so():
         assert time.monotonic() < end, f"not within {seconds} s: {is_so}"
         time.sleep(0.02)
-    return result
 
 
 def together(do, things):
@@ -49,26 +53,22 @@ def together(do, things):
         list(hands.map(do, things))
 
 
-class Server(ExitStack):
-    """A copy of the chat in a process of its own, on a free port, with a database of its own."""
+class Program(ExitStack):
+    """A program in a process of its own, on a free port, in a folder that keeps its log."""
 
-    def __init__(self, folder, *command):
+    def __init__(self, folder, *command, user=None, **environment):
         super().__init__()
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        self.url, self.command = f"http://127.0.0.1:{self.port}", command or ["chat.py"]
-        self.folder, self.database = folder, folder / "chat.sqlite3"
-        shutil.copytree(HERE / "templates", folder / "templates")
-        shutil.copy(HERE / "chat.py", folder)
-        own = {"PORT": str(self.port), "SECRET_KEY": "for the tests " * 5}
-        strange = "DEBUG", "ALLOWED_HOSTS", "HOST", "DATABASE_URL"
-        self.environment = {k: v for k, v in os.environ.items() if k not in strange} | own
+        self.folder, self.user = folder, user
+        self.command = [str(part).replace("PORT", str(self.port)) for part in command]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment = {"PATH": path, "PORT": str(self.port), **environment}
 
     def start(self):
-        command = [part.replace("PORT", str(self.port)) for part in self.command]
         with (self.folder / "log").open("a") as log:
             how = {"cwd": self.folder, "env": self.environment, "stdout": log, "stderr": log}
-            self.process = subprocess.Popen([sys.executable, *command], **how)
+            self.process = subprocess.Popen(self.command, user=self.user, **how)
         self.callback(self.stop)  # at the end, also when it does not come up
         eventually(self.answers, 20)
         return self
@@ -76,20 +76,32 @@ class Server(ExitStack):
     def answers(self):
         assert self.process.poll() is None, self.log()
         with suppress(OSError):
-            return self.get("/")
+            return socket.create_connection(("127.0.0.1", self.port)).close() or True
 
-    def stop(self, how=SIGTERM):
+    def stop(self, how=SIGINT, seconds=10):
         self.process.send_signal(how)
         try:
-            self.process.wait(10)
+            self.process.wait(seconds)
         finally:
             self.process.kill()
 
-    def get(self, path):
-        return urlopen(self.url + path, timeout=10).read()
-
     def log(self):
         return (self.folder / "log").read_text()
+
+
+class Server(Program):
+    """The chat in the folder, or else a copy of ours; by default on a database of its own."""
+
+    def __init__(self, folder, *command, **environment):
+        own = {"SECRET_KEY": "for the tests " * 5, **environment}
+        super().__init__(folder, sys.executable, *(command or ["chat.py"]), **own)
+        self.url, self.database = f"http://127.0.0.1:{self.port}", folder / "chat.sqlite3"
+        if not (folder / "chat.py").exists():
+            shutil.copytree(HERE / "templates", folder / "templates")
+            shutil.copy(HERE / "chat.py", folder)
+
+    def get(self, path):
+        return urlopen(self.url + path, timeout=10).read()
 
     def run(self, *command, **environment):
         """`python chat.py` with a command, on this server's port and database."""
@@ -99,19 +111,20 @@ class Server(ExitStack):
 
     def stored(self, room):
         """The texts in the room's log, as the database has them."""
-        log = "SELECT text FROM chat_message WHERE room=? ORDER BY id"
-        return [text for (text,) in sqlite3.connect(self.database).execute(log, [room])]
+        url = self.environment.get("DATABASE_URL")
+        with psycopg.connect(url) if url else sqlite3.connect(self.database) as database:
+            log = f"SELECT text FROM chat_message WHERE room='{room}' ORDER BY id"
+            return [text for (text,) in database.execute(log)]
 
 
 class Client(ExitStack):
     """A plain WebSocket client: no browser, no cookie."""
 
-    def __init__(self, server, room=None, **options):
+    def __init__(self, server, room="lobby", **options):
         super().__init__()
-        url = f"{server.url}/ws/chat/{room}" if room else f"{server.url}/ws/chat"
-        options = {"origin": "http://localhost", "max_size": None, **options}
-        self.socket = self.enter_context(connect(url.replace("http", "ws"), **options))
-        self.frames = []
+        options = {"origin": "http://localhost", "max_size": None, "close_timeout": 0, **options}
+        url = f"{server.url}/ws/chat/{room}".replace("http", "ws")
+        self.socket, self.frames = self.enter_context(connect(url, **options)), []
 
     def say(self, text, **more):
         self.socket.send(json.dumps({"chat_message": text, **more}))
@@ -196,53 +209,64 @@ class Window:
         expect(self.said).to_have_text(list(texts))
         expect(self.unsent).to_have_count(0)
 
-    def shows_the_end_of(self, log):
-        """An unbroken run of the log up to its newest message, at least the history of 50."""
-        eventually(lambda: self.said.all_inner_texts()[-50:] == log[-50:], 2)
-        assert (texts := self.said.all_inner_texts()) == log[-len(texts) :]
-        expect(self.unsent).to_have_count(0)
-
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """One server for all tests that do not harm it."""
-    with Server(tmp_path_factory.mktemp("server")) as server:
-        yield server.start()
+    with Server(tmp_path_factory.mktemp("server")).start() as server:
+        yield server
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts servers that end with the test."""
     with ExitStack() as ends:
-        yield lambda *command: ends.enter_context(Server(tmp_path, *command)).start()
+        yield lambda *how, **more: ends.enter_context(Server(tmp_path, *how, **more)).start()
+
+
+@pytest.fixture(params=["one SQLite file", "Redis and PostgreSQL"])
+def pair(request, start):
+    """Two servers that share a database, and the services that they share."""
+    if "Redis" not in request.param:
+        yield start(), start()
+        return
+    postgres = max(Path("/usr/lib/postgresql").glob("*/bin/postgres"), default=None)
+    if not (shutil.which("redis-server") and postgres or os.getenv("CI")):
+        pytest.skip("no redis-server, or no PostgreSQL, to be found")
+    user = None if os.getuid() else "postgres"  # which refuses to run as root
+    with TemporaryDirectory() as folder, ExitStack() as ends:
+        shutil.chown(folder, user or os.getuid())
+        initdb = [postgres.with_name("initdb"), "-A", "trust", "-U", "chat", "-D", folder]
+        subprocess.run(initdb, user=user, check=True, stdout=subprocess.DEVNULL)
+        redis = "redis-server", "--bind", "127.0.0.1", "--port", "PORT", "--save", ""
+        commands = redis, (postgres, "-p", "PORT", "-D", folder, "-k", folder)
+        programs = [Program(Path(folder), *command, user=user) for command in commands]
+        redis, postgres = (ends.enter_context(program).start() for program in programs)
+        database = f"postgres://chat@127.0.0.1:{postgres.port}/postgres"
+        urls = {"REDIS_URL": f"redis://127.0.0.1:{redis.port}", "DATABASE_URL": database}
+        yield start(**urls), start(**urls), redis, postgres
 
 
 @pytest.fixture
 def room():
-    return f"room-{uuid.uuid4().hex[:8]}"
+    return f"room-{uuid4().hex[:8]}"
 
 
 @pytest.fixture(scope="session")
-def browser():
+def browser_type_launch_args(playwright):
     path = shutil.which("google-chrome") or shutil.which("chromium") or shutil.which("chrome")
-    with sync_playwright() as playwright:
-        path = path or playwright.chromium.executable_path
-        if not (Path(path).exists() or os.getenv("CI")):
-            pytest.skip("no Chrome or Chromium to be found")
-        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    if not (Path(path := path or playwright.chromium.executable_path).exists() or os.getenv("CI")):
+        pytest.skip("no Chrome or Chromium to be found")
+    return {"executable_path": path, "args": ["--no-sandbox"]}
 
 
 @pytest.fixture
-def open_window(browser):
+def open_window(new_context):
     """Opens windows, each of a person of its own."""
-    yield lambda *where, **options: Window(browser.new_context(**options), *where)
-    for context in browser.contexts:
-        context.close()
+    return lambda *where, **options: Window(new_context(**options), *where)
 
 
 ################ Sending: stored exactly once, or still on the screen
 def test_what_a_dead_line_does_not_carry_waits_on_the_screen(server, room, open_window):
-    """A line that swallows bytes, up, down or both, is noticed within ten seconds, like a cut."""
     lines = {death: Line(server) for death in ("cut", "up", "down", "up-and-down")}
     windows = {death: open_window(line, f"{room}-{death}").open() for death, line in lines.items()}
     lines["cut"].cut()
@@ -252,7 +276,7 @@ def test_what_a_dead_line_does_not_carry_waits_on_the_screen(server, room, open_
             window.say(text)
         window.page.keyboard.type("half a sen")
     eventually(lambda: server.stored(f"{room}-down") == ["one", "two", "two"])
-    for death, window in windows.items():
+    for window in windows.values():
         expect(window.unsent).to_have_text(["one", "two", "two"])
         expect(window.status).to_have_text(re.compile("No connection|Connecting"))
     for death, window in windows.items():
@@ -264,98 +288,66 @@ def test_what_a_dead_line_does_not_carry_waits_on_the_screen(server, room, open_
         assert server.stored(f"{room}-{death}") == ["one", "two", "two", "half a sentence"]
 
 
-def test_neither_cut_lines_nor_killed_servers_lose_or_repeat_anything(start, room, open_window):
-    server = start()
-    line, away = Line(server), Line(server)
-    ann, bob, carl = (open_window(by, room).open() for by in (server, line, away))
+def test_neither_cut_lines_nor_killed_programs_lose_or_repeat_anything(pair, room, open_window):
+    here, there, *services = pair
+    mortal, line, away = [here, *services] * 3, Line(there), Line(there)
+    ann, bob, carl = (open_window(by, room).open() for by in (here, line, away))
     away.cut()
-    for number in range(100):
+    for number in range(60):
         ann.say(f"Ann {number}")
         bob.say(f"Bob {number}")
-        if number in (10, 50, 90):
-            server.stop(SIGKILL)
-        if number in (30, 51, 99):
-            server.start()
-        if 60 <= number < 80:
+        if number % 20 == 5:
+            mortal[number // 20].stop(SIGQUIT)
+        if number % 20 == 15:
+            mortal[number // 20].start()
+        if 16 <= number < 24:
             time.sleep(0.002 * (number % 5))  # before, amid and after storing and acknowledging
             line.cut()
+            line.mend()
             if number % 3:
-                line.mend()
                 bob.open()
     away.mend()
-    eventually(lambda: len(server.stored(room)) == 200)
-    log = server.stored(room)
+    eventually(lambda: len(here.stored(room)) == 120, 20)
+    log = here.stored(room)
     for name in "Ann", "Bob":
-        assert [text for text in log if name in text] == [f"{name} {n}" for n in range(100)]
+        assert [text for text in log if name in text] == [f"{name} {n}" for n in range(60)]
     for window in ann, bob, carl:
-        window.open().shows_the_end_of(log)
+        window.open()
+        eventually(lambda w=window: w.said.all_inner_texts()[-50:] == log[-50:], 3)
+        assert (texts := window.said.all_inner_texts()) == log[-len(texts) :]
+        expect(window.unsent).to_have_count(0)
 
 
 ################ Seeing: every window comes to show the room's log
-def test_twenty_people_typing_at_full_speed_all_see_the_whole_log(server, room, open_window):
-    line = Line(server)
-    ann = open_window(line, room).open()
-    with ExitStack() as clients:
-        people = [clients.enter_context(Client(server, room)) for _ in range(20)]
-        away = clients.enter_context(Client(line, room))
+def test_twenty_people_typing_at_full_speed_all_see_the_whole_log(pair, room):
+    here, there, *services = pair
+    line = Line(here)
+    with ExitStack() as ends:
+        people = [ends.enter_context(Client(server, room)) for server in [here, there] * 10]
+        away = ends.enter_context(Client(line, room))
         line.free.clear()  # it holds all bytes until it is mended
+        signal = services[0].process.send_signal if services else print
+        signal(SIGSTOP)
         together(lambda client: [client.say(str(count)) for count in range(25)], people)
-        eventually(lambda: len(server.stored(room)) == 500, 30)
+        eventually(lambda: len(here.stored(room)) == 500, 30)
         line.mend()
         people[0].say("the end")
         for client in *people, away:
-            client.hear("the end")
-            assert client.texts() == server.stored(room)
-        ann.shows(*server.stored(room))
-
-
-INSTRUMENTED = """
-import asyncio, os, chat, uvicorn
-from django import http
-layer = chat.layers.get_channel_layer()
-group_send = layer.group_send
-async def untrusted(group, event):
-    if group == "fails":
-        raise ConnectionError("the layer is down")
-    for _ in range({"drops": 0, "repeats": 150}.get(group, 1)):
-        await group_send(group, event)
-async def counts(request):
-    now = os.listdir("/proc/self/fd"), asyncio.all_tasks(), chat.rooms, layer.groups, layer.channels
-    return http.JsonResponse([len(collection) for collection in now], safe=False)
-chat.urlpatterns.append(chat.path("counts", counts))
-layer.group_send = untrusted
-uvicorn.run(chat.application, port=PORT, log_level="warning")
-"""
-
-
-def test_a_layer_that_fails_drops_or_repeats_events_costs_two_seconds_at_most(start):
-    server = start("-c", INSTRUMENTED)
-    for room in "fails", "drops", "repeats":
-        with Client(server, room) as ann, Client(server, room) as bob:
-            for text in "one", "two", "three":
-                key = str(uuid.uuid4())
-                ann.say(text, key=key)
-                ann.hear(f"unsent-{key}", 2)
-            for client in ann, bob:
-                client.hear("three", 4)
-                assert client.texts() == ["one", "two", "three"]
-    assert "Traceback" not in server.log()
+            client.hear("the end", 4)
+            assert client.texts() == here.stored(room)
+        signal(SIGCONT)
+        people[0].say("at once")
+        people[1].hear("at once", 1 if services else 3)
 
 
 def test_the_same_key_is_one_message_and_tells_nothing_of_whose_it_is(server, room):
-    keys = [str(uuid.uuid4()) for _ in range(20)]
-    with Client(server, room) as ann, Client(server, room) as bob, Client(server) as carl:
-        for _ in range(2):
-            ann.say("typed twice")
-            for key in keys:
-                ann.say(key, key=key)
-                bob.say(key, key=key)
-        answers = {c.hear(f"unsent-{k}").replace(k, "") for c in (ann, bob) for k in keys * 2}
-        carl.say("not yours", key=keys[0])
-        answers.add(carl.hear(f"unsent-{keys[0]}").replace(keys[0], ""))
+    keys = [str(uuid4()) for _ in range(20)]
+    with ExitStack() as ends:
+        clients = [ends.enter_context(Client(server, room)) for _ in range(3)]
+        together(lambda client: [client.say("hello", key=key) for key in keys * 2], clients)
+        answers = {c.hear(f"unsent-{k}").replace(k, "") for c in clients for k in keys * 2}
     assert len(answers) == 1
-    assert sorted(server.stored(room)) == sorted([*keys, "typed twice", "typed twice"])
-    assert "not yours" not in server.stored("lobby")
+    assert server.stored(room) == ["hello"] * 20
 
 
 ################ Standing: nobody notices what one client does, or leaves undone
@@ -368,23 +360,22 @@ MALFORMED = [
 UNUSUAL = ["\u202eright to left", "a" + "\u0301" * 1999, "<script>document.title = 1</script>"]
 UNUSUAL += ["<img src=x onerror='document.title = 1' hx-get='/' hx-trigger='load'>"]
 UNUSUAL += ["""'"><p id="status" hx-swap-oob="true" hx-on:click="x">&lt;{{ me }}</p>"""]
-SERVERS = ["chat.py", *(f"-m {it} --port PORT chat:application" for it in ("uvicorn", "daphne"))]
+SERVERS = ["chat.py", "-m daphne --port PORT chat:application"]
+SERVERS += ["-m uvicorn --workers 2 --port PORT chat:application"]
 
 
 @pytest.mark.parametrize("command", SERVERS)
 def test_all_servers_answer_malformed_frames_and_nobody_else_notices(start, command):
     server = start(*command.split())
-    with Client(server) as bystander, Client(server, close_timeout=0) as flooder:
+    with Client(server) as bystander:
         for frame in MALFORMED:
-            with Client(server, uuid.uuid4().hex) as client:
+            with Client(server, uuid4().hex) as client:
                 try:
                     client.socket.send(frame)
                     client.hear("</p>", 5)
                 except ConnectionClosed as closed:
                     assert len(frame) > 10**6, frame[:50]
                     assert not closed.rcvd or closed.rcvd.code == 1009  # a reset may overtake it
-        for _ in range(1000):
-            flooder.socket.send("[]")
         for text in *UNUSUAL, "\ud800":
             bystander.say(text, **{"\ud800": "1", "a": "\ud800", "errors": "x", "HEADERS": {}})
             bystander.hear("</article>", 3)
@@ -394,13 +385,12 @@ def test_all_servers_answer_malformed_frames_and_nobody_else_notices(start, comm
     assert "Traceback" not in server.log()
 
 
-SIMPLE = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-ANYTHING = st.recursive(SIMPLE, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
-OURS = st.fixed_dictionaries({}, optional={"chat_message": ANYTHING, "key": ANYTHING})
+JSON = st.recursive(st.none() | st.floats() | st.text(), st.lists)
+OURS = st.dictionaries(st.sampled_from(["chat_message", "key", "other"]), JSON)
 
 
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.text() | st.binary() | ANYTHING.map(json.dumps) | OURS.map(json.dumps))
+@given(st.text() | st.binary() | JSON.map(json.dumps) | OURS.map(json.dumps))
 def test_no_frame_whatsoever_ends_a_connection(server, room, frame):
     with Client(server, room) as client:
         client.socket.send(frame)
@@ -409,51 +399,39 @@ def test_no_frame_whatsoever_ends_a_connection(server, room, frame):
     assert "Traceback" not in server.log()
 
 
-def test_a_refused_socket_gets_a_code_that_ends_retries_and_one_line_of_log(start):
-    server = start()
-    strangers = ("no/such/path", "http://localhost"), (None, "http://evil.example"), (None, None)
-    for lines, (path, origin) in enumerate(strangers, server.log().count("\n") + 1):
-        with Client(server, path, origin=origin) as client, pytest.raises(ConnectionClosed) as end:
-            client.hear("anything")
-        assert 4000 <= end.value.rcvd.code < 5000
-        eventually(lambda lines=lines: server.log().count("\n") == lines)
-
-
-def delivery(ann, bob):
-    """The median of the seconds that a message takes from one to the other."""
-    times = []
-    for _ in range(40):
-        time.sleep(0.02)  # the server's pause after each frame
-        ann.say(start := str(time.monotonic()))
-        bob.hear(start)
-        times.append(time.monotonic() - float(start))
-    return sorted(times)[20]
-
-
 def test_readers_that_stop_and_a_flooder_hold_up_nobody_nor_the_end(start, room):
     server = start()
 
     def memory():
-        pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE") / 10**6  # MB
+        return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * 4096 / 10**6
+
+    def delivery():
+        """The median of the seconds that a message takes from Ann to Bob."""
+        times = []
+        for _ in range(40):
+            time.sleep(0.02)  # the server's pause after each frame
+            ann.say(start := str(time.monotonic()))
+            bob.hear(start)
+            times.append(time.monotonic() - float(start))
+        return sorted(times)[20]
 
     def stuck_reader():
         end = socket.socket()
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         end.connect(("127.0.0.1", server.port))
-        return Client(server, room, sock=end, max_queue=1, ping_interval=None, close_timeout=0)
+        return Client(server, room, sock=end, max_queue=1, ping_interval=None)
 
     with ExitStack() as ends:
         enter = ends.enter_context
-        ann, bob, *writers = (enter(Client(server, room, close_timeout=0)) for _ in range(6))
-        undisturbed, before = delivery(ann, bob), memory()
+        ann, bob, *writers = (enter(Client(server, room)) for _ in range(6))
+        undisturbed, before = delivery(), memory()
         stuck = [enter(stuck_reader()) for _ in range(10)]
         together(lambda writer: [writer.say("💬" * 2000) for _ in range(150)], writers)
         eventually(lambda: len(server.stored(room)) == 640, 30)
-        assert memory() - before < 40
-        assert delivery(ann, bob) < 2 * undisturbed + 0.005
+        assert memory() - before < 40  # MB
+        assert delivery() < 2 * undisturbed + 0.005
         enter(ThreadPoolExecutor()).submit(lambda: [writers[0].say("flood") for _ in range(3000)])
-        assert delivery(ann, bob) < 2 * undisturbed + 0.005
+        assert delivery() < 2 * undisturbed + 0.005
         writers[0].socket.socket.shutdown(socket.SHUT_RDWR)
         ann.say("the end")
         for client in stuck[1:]:
@@ -461,9 +439,19 @@ def test_readers_that_stop_and_a_flooder_hold_up_nobody_nor_the_end(start, room)
             assert client.texts() == server.stored(room)[: len(client.texts())]
         together(lambda writer: [writer.say("💬" * 2000) for _ in range(100)], writers[1:])
         assert "Traceback" not in server.log()  # uvicorn ends consumers that still work with one
-        started = time.monotonic()
-        server.stop(SIGINT)
-        assert time.monotonic() - started < 5
+        server.stop(SIGTERM, 5)
+
+
+INSTRUMENTED = """
+import asyncio, chat, os, uvicorn
+from django import http
+layer = chat.layers.get_channel_layer()
+async def counts(request):
+    now = os.listdir("/proc/self/fd"), asyncio.all_tasks(), chat.rooms, layer.groups, layer.channels
+    return http.JsonResponse([len(collection) for collection in now], safe=False)
+chat.urlpatterns.append(chat.path("counts", counts))
+uvicorn.run(chat.application, port=PORT, log_level="warning")
+"""
 
 
 def test_a_thousand_visits_that_end_in_every_way_leave_nothing_behind(start, room):
@@ -477,8 +465,6 @@ def test_a_thousand_visits_that_end_in_every_way_leave_nothing_behind(start, roo
             client.socket.socket.close()
         elif number % 5 == 2:
             client.socket.socket.sendall(b"no frame at all" * 9)
-        elif number % 5 == 3:
-            server.get("/")
         client.close()
 
     together(visit, range(10))
@@ -487,8 +473,7 @@ def test_a_thousand_visits_that_end_in_every_way_leave_nothing_behind(start, roo
     before = json.loads(server.get("/counts"))
     for first in range(10, 1010, 20):
         together(visit, range(first, first + 20))
-    for _ in range(4):
-        together(lambda _: server.get("/"), range(40))
+    together(lambda number: server.get("/"), range(40))
     eventually(lambda: json.loads(server.get("/counts"))[1:] == before[1:])
     assert json.loads(server.get("/counts"))[0] <= before[0] + 20
     assert "Traceback" not in server.log()
@@ -507,7 +492,7 @@ def test_markup_that_got_past_escaping_does_not_run(start, open_window):
         ann.page.locator("#content a").first.click()
         ann.page.reload()
         ann.open()
-    assert ann.page.title() == "#lobby · Chat" and any(refused)
+    assert ann.page.title() != "run" and any(refused)
     with Client(server) as bob:
         frame = bob.hear("#content")
         assert not any(cookie["value"] in frame for cookie in ann.page.context.cookies())
@@ -533,38 +518,34 @@ def test_rooms_keep_to_themselves_and_show_texts_as_typed(server, room, open_win
     for window in ann, bob:
         expect(window.newest()).to_be_in_viewport()
         expect(window.page.locator("#content :is(img, script, p p)")).to_have_count(0)
-    empty = "getComputedStyle(document.querySelector('#content'), '::before').content"
-    assert ann.page.evaluate(empty) == "none" and "Nobody" in eve.page.evaluate(empty)
     eve.say("alone")
     eve.shows("alone")
 
 
 def test_a_new_name_counts_in_all_tabs_and_nobody_takes_an_account_s(server, room, open_window):
-    create = ("createsuperuser", "--noinput", "--username=AdaLovelace", "--email=ada@example.org")
-    assert server.run(*create, DJANGO_SUPERUSER_PASSWORD="engine").returncode == 0
     tab = open_window(server, room).open()
     page = Window(tab.page.context, server, room).page
+
+    def fill_in(then, **fields):
+        for name, text in fields.items():
+            page.fill(f"[name={name}]", text)
+        page.keyboard.press("Enter")
+        page.wait_for_url(f"{server.url}{then}")
+
+    page.click("text=Sign up")
+    fill_in("/login/", username="AdaLovelace", password1="compiler", password2="compiler")
+    page.goto(tab.page.url)
     lookalikes = [f"AdaLovelace{space}" for space in "\u00a0\u3164\u200b\u00ad"]
-    bad = [" ", "\u2003", "\u2800", "x" * 99, "adalovelace", "✓", *lookalikes]
     good = """Zoë <b hx-on:click='x'>"&amp;"""
-    for name in *bad, good:
+    for name in " ", "\u2003", "\u2800", "x" * 99, "adalovelace", "✓", *lookalikes, good:
         page.fill("[name=name]", name)
         page.click("text=Rename")
         assert (len(page.inner_text("#error").split()) > 3) == (name != good), ascii(name)
         assert page.input_value("[name=name]") == name
     tab.say("as a guest")
     expect(tab.newest("bdi")).to_have_text(good)
-    page.click("text=Sign up")
-    for field, text in ("username", "Grace"), ("password1", "compiler"), ("password2", "compiler"):
-        page.fill(f"[name={field}]", text)
-    page.keyboard.press("Enter")
-    page.wait_for_url(f"{server.url}/login/")
-    with sqlite3.connect(server.database) as database:
-        assert database.execute("SELECT 1 FROM auth_user WHERE username='Grace'").fetchall()
-    for field, text in ("username", "AdaLovelace"), ("password", "engine"):
-        page.fill(f"[name={field}]", text)
-    page.keyboard.press("Enter")
-    page.wait_for_url(f"{server.url}/")
+    page.click("text=Log in")
+    fill_in("/", username="AdaLovelace", password="compiler")
     tab.page.reload()
     tab.open().say("with account")
     expect(tab.newest("small")).to_contain_text("AdaLovelace ✓ account")
@@ -574,7 +555,7 @@ def test_a_new_name_counts_in_all_tabs_and_nobody_takes_an_account_s(server, roo
     assert not re.search("AdaLovelace|account", tab.newest("small").inner_text())
 
 
-def test_the_page_works_without_javascript(server, room, open_window):
+def test_the_page_works_without_javascript_and_without_more_than_a_form(server, room, open_window):
     bob = open_window(server, room).open()
     ann = open_window(server, room, java_script_enabled=False)
     post, secret = ann.page.context.request.post, "csrfmiddlewaretoken"
@@ -594,20 +575,13 @@ def test_the_page_works_without_javascript(server, room, open_window):
     bob.say("four")
     bob.shows("one", "two", "three", "four")
     expect(bob.error).to_be_empty()
-
-
-def test_a_plain_client_and_a_bare_page_take_part(server, open_window):
-    bare, hello = open_window(server), f"hello {uuid.uuid4()}"
-    assert "DEBUG" not in bare.page.goto(f"{server.url}/nowhere").text()
-    bare.page.set_content("""<script src="/static/django_htmx/htmx-2.min.js"></script>
+    assert "DEBUG" not in bob.page.goto(f"{server.url}/nowhere").text()
+    bob.page.set_content(f"""<script src="/static/django_htmx/htmx-2.min.js"></script>
         <script src="/static/django_htmx/ext/hx-ws-2.min.js"></script><div id="content"></div>
-        <div hx-ext="ws" ws-connect="/ws/chat">
+        <div hx-ext="ws" ws-connect="/ws/chat/{room}">
         <form id="form" ws-send><input name="chat_message"></form></div>""")
-    with Client(server) as client:
-        for say in client.say, bare.say:
-            say(hello)
-            assert 'hx-swap-oob="beforeend:#content"' in client.hear(hello)
-            expect(bare.newest()).to_have_text(hello)
+    bob.say("five")
+    expect(bob.newest()).to_have_text("five")
 
 
 def test_the_keyboard_is_enough_and_nothing_leaves_for_other_hosts(server, room, open_window):
@@ -617,8 +591,7 @@ def test_the_keyboard_is_enough_and_nothing_leaves_for_other_hosts(server, room,
     ann.page.on("console", lambda message: console.append(message.text))
     ann.page.on("pageerror", lambda error: console.append(error.message))
     headers = ann.page.goto(f"{server.url}/chat/{room}/").all_headers()
-    policy = "default-src 'self' 'nonce-[^ ]+'; img-src data:"
-    assert re.fullmatch(policy, headers["content-security-policy"])
+    assert "default-src 'self' 'nonce-" in headers["content-security-policy"]
     assert headers["x-frame-options"] == "DENY" and headers["x-content-type-options"] == "nosniff"
     (cookie,) = (c for c in ann.page.context.cookies() if c["name"] == "sessionid")
     assert cookie["httpOnly"] and cookie["sameSite"] == "Lax"
@@ -634,10 +607,8 @@ def test_the_keyboard_is_enough_and_nothing_leaves_for_other_hosts(server, room,
     assert [u for u in requests if not u.startswith((server.url, "data:"))] == console == []
 
 
-@pytest.mark.skipif(not (shutil.which("npm") or os.getenv("CI")), reason="npm brings axe-core")
-def test_axe_finds_nothing_and_nothing_is_cut_off(server, tmp_path, room, open_window):
-    subprocess.run(["npm", "install", "--prefix", tmp_path, "axe-core@4"], check=True)
-    axe, line = (tmp_path / "node_modules/axe-core/axe.min.js").read_text(), Line(server)
+def test_axe_finds_nothing_and_nothing_is_cut_off(server, room, open_window):
+    line = Line(server)
     ann, bob = open_window(line, room).open(), open_window(server, room).open()
     bob.say("x" * 200)
     ann.say("x" * 2001)
@@ -646,16 +617,15 @@ def test_axe_finds_nothing_and_nothing_is_cut_off(server, tmp_path, room, open_w
     ann.say("unsent")
     bob.page.goto(f"{server.url}/login/")
     for page in ann.page, bob.page:
-        page.evaluate(axe)
         for width, scheme in (360, "light"), (360, "dark"), (1280, "light"), (1280, "dark"):
             page.set_viewport_size({"width": width, "height": 640})
             page.emulate_media(color_scheme=scheme)
-            found = [rule["id"] for rule in page.evaluate("axe.run()")["violations"]]
+            found = [rule["id"] for rule in Axe().run(page).response["violations"]]
             assert found == [], f"{page.url} at {width} pixels, {scheme}"
             assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-################ Starting, in all the ways that there are
+################ Starting, in all the ways that there are, and what README says
 def test_runserver_brings_the_open_page_back_after_every_edit(start, room, open_window):
     server = start("chat.py", "runserver", "PORT")
     ann = open_window(server, room).open()
@@ -664,9 +634,6 @@ def test_runserver_brings_the_open_page_back_after_every_edit(start, room, open_
     expect(ann.status).not_to_have_text("Connected")
     ann.say("after")
     ann.shows("before", "after")
-    template = server.folder / "templates/message.html"
-    template.write_text(template.read_text().replace("{{ message.text }}", "EDITED"))
-    eventually(lambda: ann.say("again") or ann.newest().inner_text() == "EDITED")
     assert "DEBUG = True" in ann.page.goto(f"{server.url}/nowhere").text()
 
 
@@ -676,21 +643,57 @@ def test_commands_work_or_say_in_a_line_why_not(server, room, open_window):
     create = f"from chat import Message; Message.objects.bulk_create([{new}])"
     assert server.run("shell", "-c", create).returncode == 0
     expect(ann.said).to_have_text([str(n) for n in range(120)], timeout=3000)  # more than history
-    assert server.run("migrate").returncode == 0
-    warned = re.findall(r"\((\w+\.[WE]\d+)\)", server.run("check", "--deploy").stderr)
-    assert warned == ["security.W004", "security.W008", "security.W012", "security.W016"]
-    for why, url in ("already in use", server.database), ("unable to open", "/nonexistent/x"):
-        ended = server.run(DATABASE_URL=f"sqlite:///{url}")
-        assert ended.returncode != 0 and re.fullmatch(f".*{why}.*\n", ended.stderr)
+    faults = {
+        "sqlite:///chat.sqlite3": "in use",
+        "sqlite:////nonexistent/x": "DATABASE_URL.*unable to open",
+        "postgres://127.0.0.1:1/x": "DATABASE_URL.*refused",
+        "postgres://[x": "DATABASE_URL.*valid url",
+        "mysql://x": "DATABASE_URL.*install",
+        "redis://127.0.0.1:1": "REDIS_URL.*channels-redis.*connect",
+    }
+
+    def is_told(url):
+        ended = server.run(**{"REDIS_URL" if "redis" in url else "DATABASE_URL": url})
+        assert ended.returncode and re.fullmatch(f".*{faults[url]}.*\n", ended.stderr), url
+
+    together(is_told, faults)
 
 
 def test_the_readme_names_what_is_to_be_installed_and_run():
-    readme, *programs = ((HERE / n).read_text() for n in ("README.md", "chat.py", "test_chat.py"))
-    inline = [text.split("# dependencies = ")[1].split("# ///")[0] for text in programs]
-    chat, tests = (set(re.findall('"(.+?)"', packages)) for packages in inline)
-    (install,) = re.findall(r"^    pip install (django .*)", readme, re.MULTILINE)
+    both = ((HERE / name).read_text().split("# ///")[1] for name in ("chat.py", "test_chat.py"))
+    chat, tests = (set(re.findall('"(.+?)"', inline.split("dependencies")[1])) for inline in both)
+    (install,) = re.findall(r"^    pip install (django .*)", README, re.MULTILINE)
     assert set(install.replace('"', "").split()) == chat <= tests
-    assert "uv run chat.py" in readme and "uv run test_chat.py" in readme
+
+
+STEPS = README.split("\n## Step ")[1:]
+
+
+@pytest.mark.parametrize("step", range(1, len(STEPS) + 1))
+def test_each_step_of_the_tutorial_does_what_it_says(step, tmp_path, open_window):
+    (catch_up,) = re.findall(r"^    (mkdir .* README.md .*)", README, re.MULTILINE)
+    there = catch_up.replace("Step 5", f"Step {step + 1}").replace("my-chat", f"{tmp_path}/chat")
+    subprocess.run(["bash", "-c", there], cwd=HERE, check=True)
+    with Server(tmp_path / "chat").start() as server:
+        ann = open_window(server)
+        ann.say("hello")
+        ann.shows("hello")
+        if step > 5:
+            server.stop(SIGQUIT)
+            ann.say("still here")
+            expect(ann.unsent).to_have_text("still here")
+            server.start()
+            ann.shows("hello", "still here")
+        how = {"cwd": server.folder, "env": server.environment, "stdout": subprocess.PIPE}
+        text = "".join(STEPS[5 if step == len(STEPS) else step - 1 : step])
+        for block in re.findall(r"```sh\n(.*?)```\n+```text\n(.*?)```", text, re.DOTALL):
+            command, output = (part.replace("8000", str(server.port)) for part in block)
+            run = subprocess.run(["bash", "-c", command], check=False, text=True, **how)
+            assert run.stdout == output
+    if step == len(STEPS):
+        assert server.log().count("Refused a WebSocket") == 3
+        for ours in HERE / "chat.py", HERE / "templates":
+            subprocess.run(["diff", "-r", ours, server.folder / ours.name], check=True)
 
 
 if __name__ == "__main__":
