@@ -672,7 +672,7 @@ STEPS = README.split("\n## Step ")[1:]
 @pytest.mark.parametrize("step", range(1, len(STEPS) + 1))
 def test_each_step_of_the_tutorial_does_what_it_says(step, tmp_path, open_window):
     (catch_up,) = re.findall(r"^    (mkdir .* README.md .*)", README, re.MULTILINE)
-    there = catch_up.replace("Step 5", f"Step {step + 1}").replace("my-chat", f"{tmp_path}/chat")
+    there = catch_up.replace("Step 5", f"Step {step + 1}").replace("step-4", f"{tmp_path}/chat")
     subprocess.run(["bash", "-c", there], cwd=HERE, check=True)
     with Server(tmp_path / "chat").start() as server:
         ann = open_window(server)
