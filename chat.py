@@ -143,7 +143,7 @@ class Room:
                 self.count = max(self.count, 0) + len(found)
                 self.changed.set()
                 self.changed = asyncio.Event()
-                await asyncio.wait_for(layer.group_add(slug, channel), 2)  # a membership expires
+                await asyncio.wait_for(layer.group_add(slug, channel), 0.5)  # a membership expires
             except Exception as error:  # noqa: BLE001 (the database or the layer is away, say)
                 print(f"Room {slug} will look again: {error!r}", file=sys.stderr)
             await asyncio.wait([event], timeout=2)  # then look all the same: events get lost
