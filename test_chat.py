@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from signal import SIGKILL, SIGSTOP, SIGTERM
+from signal import SIGSTOP, SIGTERM
 from socketserver import ThreadingTCPServer
 from tempfile import TemporaryDirectory
 from urllib.error import HTTPError
@@ -70,7 +70,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
-        self.log = folder / "log"
+        self.log = folder / f"log-{self.port}"
         self.command = [str(part).replace("PORT", str(self.port)) for part in command]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment = {"PATH": path, "PORT": str(self.port), **environment}
@@ -84,9 +84,13 @@ class Server:
         return self
 
     def kill(self):
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, SIGKILL)
-        self.process.wait()
+        """Kill it with all its processes: one that is left could keep it from starting again."""
+        with suppress(psutil.NoSuchProcess):
+            self.process.suspend()  # it starts no more of them
+            processes = [*self.process.children(recursive=True), self.process]
+            for process in processes:
+                process.kill()
+            psutil.wait_procs(processes, timeout=10)
 
     def memory(self):
         return self.process.memory_info().rss / 10**6  # MB
@@ -362,7 +366,7 @@ def start():
         yield starts
         for server in servers:
             server.kill()
-            print(f"The log in {server.folder}:\n{server.log.read_text()[-9000:]}")
+            print(f"{server.command[:2]} on {server.port} wrote:\n{server.log.read_text()[-9000:]}")
 
 
 @pytest.fixture
