@@ -1144,6 +1144,7 @@ def test_each_step_of_the_tutorial_does_what_it_says(step, tmp_path, start, join
         ann.shows("hello", "still here")
     for block in re.findall(r"```sh\n(.*?)```\n+```text\n(.*?)```", STEPS[step - 1], re.DOTALL):
         command, output = (part.replace("8000", str(server.port)) for part in block)
+        command = re.sub(r"(timeout=|recv\(\), )\d+", rf"\g<1>{PATIENCE}", command)
         how = {**server.how, "stdout": subprocess.PIPE, "text": True}
         assert subprocess.run(["bash", "-c", command], check=False, **how).stdout == output
     if step == len(STEPS):
