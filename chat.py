@@ -49,6 +49,7 @@ STATIC_URL = "static/"
 TIME_ZONE = "UTC"
 MIGRATION_MODULES = dict.fromkeys(["auth", "contenttypes", "sessions"])  # made at once, like ours
 USE_I18N = False  # or each time in a message looks up the formats of a language
+SESSION_COOKIE_AGE = 400 * 24 * 3600  # seconds, since the first visit; no browser keeps it longer
 SECURE_CROSS_ORIGIN_OPENER_POLICY = None  # browsers complain of it where there is no https
 LOGGING_CONFIG = None  # Django would mail errors to nobody; Python prints them
 logging.raiseExceptions = False  # what can't be logged stops nobody
@@ -159,12 +160,15 @@ def speaker(session):
 
 def rename(slug, session, content):
     """Give the guest of this session a name. Return what is wrong with it, if anything."""
-    name = " ".join(normalize("NFKC", content["name"]).split())
+    me = speaker(session)
+    if "account" in me["author"]:  # the page is from before the login
+        return [OUTDATED]
+    name = " ".join(normalize("NFKC", content["name"][:200]).split())  # many accents take minutes
     if not (name.isprintable() and set(name) - INVISIBLE and len(name) <= 30):
         return ["A name has 1 to 30 visible characters."]
     if get_user_model().objects.filter(username__iexact=name).exists():
         return ["That is the name of an account. Please choose another one."]
-    session["guest"] = speaker(session) | {"name": name}
+    session["guest"] = me | {"name": name}
 
 
 ################ What each process does for ever
@@ -246,12 +250,13 @@ def people_in(slug):
     people = {}
     for _, there in list(told.values()):
         people |= there.get(slug, {})
-    return render_people(tuple(sorted(people.items(), key=lambda person: person[1].casefold())))
+    by_name = sorted(people.items(), key=lambda person: person[1].casefold())
+    return render_people(tuple(by_name[:20]), len(by_name[20:]))
 
 
 @lru_cache(maxsize=10_000)
-def render_people(people):
-    return render_to_string("people.html", {"people": people})
+def render_people(people, more):
+    return render_to_string("people.html", {"people": people, "more": more})
 
 
 ################ The consumer: one for each open window
@@ -319,6 +324,8 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
                 await self.base_send({"type": "websocket.send", "text": frame})
 
     async def receive(self, text_data=None, bytes_data=None):
+        if not self.showing:  # refused, and already speaking
+            return
         content = {"author": self.me["author"]}
         with suppress(AttributeError, TypeError, ValueError, RecursionError):  # no JSON object
             for name, value in (await self.decode_json(text_data)).items():
@@ -364,7 +371,7 @@ def page(request, slug=LOBBY):
     context = {"slug": slug, "me": speaker(request.session), "key": uuid4(), "errors": errors}
     context["messages"] = newest_first.filter(room=slug)[:HISTORY]
     context["people"] = people_in(slug)
-    context["rooms"] = dict.fromkeys(newest_first.values_list("room", flat=True)[:200])
+    context["rooms"] = dict.fromkeys([LOBBY, *newest_first.values_list("room", flat=True)[:200]])
     return render(request, "page.html", context)
 
 
@@ -372,8 +379,12 @@ class SignUp(views.RedirectURLMixin, CreateView):
     form_class = forms.UserCreationForm
 
     def form_valid(self, form):
-        login(self.request, form.save())
-        return redirect(self.get_success_url())
+        try:
+            response = super().form_valid(form)
+        except IntegrityError:  # a double click: it is taken by now
+            return self.form_invalid(self.get_form())
+        login(self.request, self.object)
+        return response
 
 
 ################ Routes

@@ -549,6 +549,8 @@ def test_an_account_that_is_closed_speaks_no_more_and_guests_take_no_account_s_n
     ann.open().say("with account")
     ann.shows("with account")
     assert ann.texts("article i") == []
+    rename = {"name": "guest?", "csrfmiddlewaretoken": ann.js("form.csrfmiddlewaretoken.value")}
+    assert "Reload" in ann.page.context.request.post(ann.page.url, form=rename).text()
     server.sql("UPDATE auth_user SET is_active = false")
     ann.say("as what?")
     ann.has("#error", "Reload")
@@ -563,6 +565,7 @@ def test_an_account_that_is_closed_speaks_no_more_and_guests_take_no_account_s_n
         bob.open().say(name)
         bob.has("article:last-child bdi", f"^{re.escape(name)}$")
         assert bob.texts("article:last-child i") == ["guest"]
+    assert bob.texts(".more") == []  # a new name is shown
     assert server.stored("ada") == ["with account", *names]
 
 
@@ -692,6 +695,15 @@ def test_strange_requests_are_no_errors_nor_is_a_database_that_was_away(shared, 
         headers = {"Content-Type": kind, "Cookie": f"csrftoken={token}", "X-CSRFToken": token}
         urlopen(Request(server.url, f"chat_message={charset}".encode(), headers))
     assert server.stored() == ["foo", "utf-16"]
+    began = time.monotonic()
+    name = urlencode({"name": "\u0300" * 60_000 + "\u0316" * 60_000})
+    urlopen(Request(server.url, name.encode(), headers | {"Content-Type": kind[:33]}))
+    assert time.monotonic() - began < 10
+    account = urlencode(
+        {"username": "ada"} | dict.fromkeys(["password1", "password2"], "compiler-1")
+    )
+    sign_up = Request(f"{server.url}/signup/", account.encode(), headers)
+    assert [answer.status for answer in together(urlopen, [sign_up] * 2)] == [200, 200]
     for path in "/static/../chat.py", "/static/%2e%2e/chat.py":
         assert server.get(path)[0] == 404
     nul = {"Cookie": 'sessionid="\\000aaaaaaaaa"'}
@@ -715,7 +727,9 @@ def test_strange_requests_are_no_errors_nor_is_a_database_that_was_away(shared, 
         assert f"new {number}" not in ahead.texts()
     for refused in {"origin": "http://["}, {"origin": "http://evil.test"}, {"room": "no/such"}:
         with pytest.raises(ConnectionClosed, match="4403"):
-            Client(server, **refused).hear("anything")
+            client = Client(server, **refused)
+            client.say("at once")
+            client.hear("anything")
     assert "Traceback" not in server.log.read_text()
 
 
@@ -911,9 +925,16 @@ def test_the_box_takes_several_lines_and_keeps_a_half_typed_message(engine, serv
     window.has("h1", "Log in")
     window.js("history.back()")
     window.open().shows("def f():\n    return 1", box="half a sen")
+    window.js("document.querySelector('a[href^=\"/login/\"]').click()")
+    window.has("h1", "Log in")
+    window.js("document.querySelector('a[href=\"/\"]').click()")
+    window.open().shows("def f():\n    return 1", box="half a sen")
     window.js(f"{box}.focus()")
     window.type("tence\n")
     window.shows("def f():\n    return 1", "half a sentence")
+    window.js("window.old = true, history.go(-2)")  # where half of it was in the box
+    eventually(lambda: window.js("window.old") is None)
+    window.open().shows("def f():\n    return 1", "half a sentence")
     if engine == "firefox-esr":  # the others hide no tab from their drivers
         window.watch("title")
         reading = window.driver.current_window_handle
@@ -1005,14 +1026,16 @@ def test_the_page_works_without_javascript_and_without_more_than_a_form(server, 
     assert post(ann.page.url, form={**fields, "chat_message": "three"}).status == 200
     assert post(ann.page.url, form={"chat_message": "forged"}).status == 403
     assert server.stored() == said
-    for window, text in (ann, " "), (bob, " "), (ann, "x" * 2001), (bob, "x" * 2001):
+    for window, text in (ann, " "), (ann, "x" * 2001), (bob, "x" * 2001):
         window.page.fill("textarea", text)
         window.page.click("text=Send")
         window.has("#error", "Please|2000")
         window.shows(*said, box=text)
     is_fit_for_all(bob)
-    bob.say("four")
-    bob.shows(*said, "four")
+    bob.page.fill("textarea", "four")
+    bob.page.dblclick("text=Send")
+    bob.type("and on")
+    bob.shows(*said, "four", box="and on")
     bob.has("#error", "^$")
     bob.goto(f"{server.url}/nowhere")
     bob.page.set_content("""<script src="/static/django_htmx/htmx-2.min.js"></script>
