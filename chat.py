@@ -86,6 +86,7 @@ django.setup()
 django.apps.apps.get_app_config("chat").models_module = sys.modules["chat"]  # migrate looks there
 
 from channels import auth, db, layers, routing
+from channels.exceptions import StopConsumer
 from channels.generic.websocket import AsyncJsonWebsocketConsumer
 from django.contrib.auth import forms, get_user, get_user_model, login, views
 from django.contrib.sessions.backends.db import SessionStore
@@ -274,7 +275,8 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         origin = dict(self.scope["headers"]).get(b"origin", b"").decode("latin1")
         host, _ = split_domain_port(origin.partition("://")[2])
         if not (self.slug and validate_host(host, ALLOWED_HOSTS)):  # a foreign page, say
-            return await self.close(4403)  # before accept(), a browser would try again for ever
+            await self.close(4403)  # before accept(), a browser would try again for ever
+            raise StopConsumer
         self.base_send = self.base_send.__self__.real_send  # past the session: saves a fifth
         self.session = self.scope["session"]
         self.me = await sync_to_async(speaker)(self.session)
@@ -324,8 +326,6 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
                 await self.base_send({"type": "websocket.send", "text": frame})
 
     async def receive(self, text_data=None, bytes_data=None):
-        if not self.showing:  # refused, and already speaking
-            return
         content = {"author": self.me["author"]}
         with suppress(AttributeError, TypeError, ValueError, RecursionError):  # no JSON object
             for name, value in (await self.decode_json(text_data)).items():

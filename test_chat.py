@@ -676,8 +676,9 @@ def test_no_frame_ends_a_connection_and_huge_ones_are_refused(start, name):
     assert "Traceback" not in server.log.read_text()
 
 
-REFUSED = b"""GET /ws/chat HTTP/1.1\r\nHost: x\r\nOrigin: http://evil.test\r\nConnection: Upgrade\r
-Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"""
+REFUSED = b"GET /ws/chat HTTP/1.1\r\nHost: x\r\nOrigin: http://evil.test\r\n"
+REFUSED += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+REFUSED += b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 
 
 def test_strange_requests_are_no_errors_nor_is_a_database_that_was_away(shared, start):
