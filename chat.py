@@ -337,7 +337,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         self.announcing = asyncio.create_task(announce({"type": "said"}))  # Redis may hang
         if errors or "key" in content:
             answer = {"errors": errors, "key": content.get("key", "")}
-            await self.send(render_to_string("answer.html", answer))
+            self.add(render_to_string("answer.html", answer))
         await asyncio.sleep(0.01)  # seconds: nobody notices but a flooder
 
 
