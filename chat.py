@@ -30,12 +30,13 @@ from django.db import Error, IntegrityError, connection, connections, models, tr
 ################ Settings
 FOLDER = Path(__file__).resolve().parent
 DEBUG = os.getenv("DEBUG", str("runserver" in sys.argv)).lower() in ("1", "true", "yes", "on")
-ALLOWED_HOSTS = os.getenv("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(",")
+ALLOWED_HOSTS = os.getenv("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").replace(" ", "").split(",")
 INSTALLED_APPS = ["daphne"] if "runserver" in sys.argv else []  # slow to import
 INSTALLED_APPS += ["chat", "channels", "django_htmx", "django.contrib.staticfiles"]
 INSTALLED_APPS += [f"django.contrib.{app}" for app in ("auth", "contenttypes", "sessions")]
 MIDDLEWARE = ["chat.strict", "django.middleware.security.SecurityMiddleware"]
 MIDDLEWARE += ["django.contrib.sessions.middleware.SessionMiddleware"]
+MIDDLEWARE += ["django.middleware.common.CommonMiddleware"]  # adds the last slash to an address
 MIDDLEWARE += ["django.middleware.csrf.CsrfViewMiddleware"]
 DJANGO_TEMPLATES = "django.template.backends.django.DjangoTemplates"
 CONTEXT = {"context_processors": ["django.template.context_processors.request"]}
@@ -49,7 +50,7 @@ STATIC_URL = "static/"
 TIME_ZONE = "UTC"
 MIGRATION_MODULES = dict.fromkeys(["auth", "contenttypes", "sessions"])  # made at once, like ours
 USE_I18N = False  # or each time in a message looks up the formats of a language
-SESSION_COOKIE_AGE = 400 * 24 * 3600  # seconds, since the first visit; no browser keeps it longer
+SESSION_COOKIE_AGE = 400 * 24 * 3600  # seconds, since it last changed; no browser keeps it longer
 SECURE_CROSS_ORIGIN_OPENER_POLICY = None  # browsers complain of it where there is no https
 LOGGING_CONFIG = None  # Django would mail errors to nobody; Python prints them
 logging.raiseExceptions = False  # what can't be logged stops nobody
@@ -96,7 +97,7 @@ from django.shortcuts import redirect, render
 from django.template.loader import render_to_string
 from django.urls import path, re_path
 from django.utils.safestring import mark_safe
-from django.views.generic import CreateView
+from django.views.generic import FormView
 
 ################ Messages: the database is the truth
 LOBBY = "lobby"
@@ -108,7 +109,7 @@ OUTDATED = mark_safe('You logged in or out meanwhile. <a href="">Reload</a>, and
 
 
 class Message(models.Model):
-    __module__ = "chat"  # the app it belongs to, also when this file is run as a script
+    __module__ = "chat"  # the app it belongs to, even when this file is run as a script
     id = models.BigAutoField(primary_key=True)  # in the order of the log
     key = models.UUIDField(default=uuid4, unique=True)
     room = models.CharField(max_length=50, db_index=True)
@@ -134,17 +135,20 @@ def say(slug, session, content):
         message.clean_fields()
     except exceptions.ValidationError as error:
         return error.messages
-    with suppress(IntegrityError), transaction.atomic():  # if the key is there, so is the message
+    with suppress(IntegrityError), transaction.atomic():  # the key may be there already
         if connection.vendor == "postgresql":  # writers in line: or id 8 could be seen before 7
             connection.cursor().execute("SELECT pg_advisory_xact_lock(1)")
         message.save(force_insert=True)
+        return None
+    if not Message.objects.filter(key=message.key, room=slug, text=text).exists():
+        return ["This page is outdated. Please send it again."]
 
 
 ################ Speakers: accounts and guests
 ANIMALS = ("Badger", "Beaver", "Gecko", "Heron", "Ibex", "Lynx", "Otter", "Puffin", "Tapir", "Wren")
-INVISIBLE = set("\u034f\u115f\u1160\u17b4\u17b5\u2800")  # Unicode has them for printable
+INVISIBLE = set("\u034f\u115f\u1160\u17b4\u17b5\u2800")  # Python takes them for printable
 
-# A key comes out of a cookie, and PostgreSQL takes no NUL.
+# A session's key comes out of a cookie, and PostgreSQL takes no NUL.
 SessionStore._validate_session_key = lambda self, key: key and key.isalnum()
 
 
@@ -173,14 +177,14 @@ def rename(slug, session, content):
 
 
 ################ What each process does for ever
-SIGN_OF_LIFE = 10  # seconds; a page that hears nothing for 15 takes its line for dead
-GONE = 25  # seconds after which a process that tells nothing is taken for dead
+SIGN_OF_LIFE = 10  # seconds of a beat; a page that hears none for 15 takes its line for dead
+GONE = 25  # seconds; who tells nothing (a process), or takes nothing (a window), is dead
 PROCESS = uuid4().hex
 running = {}  # tasks, by what they do
 said = asyncio.Event()
 newest = 0  # the id up to which the windows were told everything
-rooms = {}  # the windows of this process, by slug
-told = {}  # by process: when it told who is where, and that: names by author by slug
+windows = set()  # of this process
+told = {}  # by process: when it told who is here, and whom: names by author by slug
 
 
 async def for_ever(step):
@@ -222,28 +226,30 @@ async def look():
     new = Message.objects.raw(NEW, [newest, KEPT])
     for message in await sync_to_async(list)(new):
         newest = message.id
-        for window in rooms.get(message.room, ()):
-            if message.id > window.cursor:
+        for window in windows:
+            if window.slug == message.room and message.id > window.start:
                 window.add(message.fragment)
 
 
 async def tick():
     """Once a second, tell the windows and the other processes who is here."""
     await asyncio.sleep(1)
-    here = {slug: {w.me["author"]: w.me["name"] for w in rooms[slug]} for slug in rooms}
-    await announce({"type": "here", "process": PROCESS, "rooms": here})
     now = time.monotonic()
+    here = {window.slug: {} for window in windows}
+    for window in windows:
+        if window.shown_at > now - GONE:
+            here[window.slug][window.me["author"]] = window.me["name"]
     told[PROCESS] = now, here
     for process, (when, _) in list(told.items()):
         if when < now - GONE:
             del told[process]
-    for slug, windows in rooms.items():
-        people = f'<div hx-swap-oob="innerHTML:#people">{people_in(slug)}</div>'
-        for window in windows:
-            if people != window.people or now >= window.people_at + SIGN_OF_LIFE:
-                window.people = people
-                window.people_at = now
-                window.add(people)
+    swap = f'data-beat="{now // SIGN_OF_LIFE}" hx-swap-oob="innerHTML:#people"'
+    people = {slug: f"<div {swap}>{people_in(slug)}</div>" for slug in here}
+    for window in windows:
+        if window.people != people[window.slug]:
+            window.people = people[window.slug]
+            window.add(window.people)
+    await announce({"type": "here", "process": PROCESS, "rooms": here})
 
 
 def people_in(slug):
@@ -263,7 +269,6 @@ def render_people(people, more):
 ################ The consumer: one for each open window
 class ChatConsumer(AsyncJsonWebsocketConsumer):
     channel_layer_alias = None  # the process listens for all its windows
-    people = None
     showing = None
 
     async def dispatch(self, message):  # Channels' own closes the database's connection, too
@@ -275,7 +280,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         origin = dict(self.scope["headers"]).get(b"origin", b"").decode("latin1")
         host, _ = split_domain_port(origin.partition("://")[2])
         if not (self.slug and validate_host(host, ALLOWED_HOSTS)):  # a foreign page, say
-            await self.close(4403)  # before accept(), a browser would try again for ever
+            await self.close(4403)  # before accept(), htmx would try again for ever
             raise StopConsumer
         self.base_send = self.base_send.__self__.real_send  # past the session: saves a fifth
         self.session = self.scope["session"]
@@ -292,42 +297,41 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         after = query and int(query[1])
         if after and not await Message.objects.filter(id=after).aexists():
             after = None  # the page has outlived its database
-        self.cursor = max(after or 0, newest)  # look() tells what is newer
+        self.start = max(after or 0, newest)  # look() tells what is newer
         log = Message.objects.filter(room=self.slug, id__lte=newest).order_by("-id")
-        self.unsent = []
-        rooms.setdefault(self.slug, {})[self] = True
-        asyncio.current_task().add_done_callback(self.leave)  # disconnect() is not always called
+        self.queue = []
+        self.people = None
+        self.shown_at = time.monotonic()
+        windows.add(self)
+        # disconnect() is not always called, but every task ends.
+        asyncio.current_task().add_done_callback(lambda _: windows.discard(self))
         missed = log.filter(id__gt=after or 0)
-        first = []
+        clear = []
         if after is None or await missed.acount() > KEPT:
             missed = log[:HISTORY]
-            first = [CLEAR]
+            clear = [CLEAR]
         fragments = [message.fragment async for message in missed]
-        self.unsent = first + fragments[::-1] + self.unsent  # look() may have added some meanwhile
-
-    def leave(self, _):
-        del rooms[self.slug][self]
-        if not rooms[self.slug]:
-            del rooms[self.slug]
+        self.queue = clear + fragments[::-1] + self.queue  # look() may have added some meanwhile
 
     def add(self, fragment):
         """Send a fragment, in one frame with others if the window is still busy with the last."""
-        self.unsent.append(fragment)
-        if len(self.unsent) > KEPT:
-            self.unsent = [CLEAR, *self.unsent[-HISTORY:]]
+        self.queue.append(fragment)
+        if len(self.queue) > KEPT:
+            self.queue = [CLEAR, *self.queue[-HISTORY:]]
         if self.showing and self.showing.done():
             self.showing = asyncio.create_task(self.show())
 
     async def show(self):
         with suppress(OSError, RuntimeError):  # the client has gone
-            while self.unsent:
-                frame = "".join(self.unsent)
-                self.unsent = []
+            while self.queue:
+                frame = "".join(self.queue)
+                self.queue = []
                 await self.base_send({"type": "websocket.send", "text": frame})
+                self.shown_at = time.monotonic()
 
     async def receive(self, text_data=None, bytes_data=None):
         content = {"author": self.me["author"]}
-        with suppress(AttributeError, TypeError, ValueError, RecursionError):  # no JSON object
+        with suppress(AttributeError, TypeError, ValueError, RecursionError):  # not an object
             for name, value in (await self.decode_json(text_data)).items():
                 if isinstance(value, str):
                     content[name] = value.encode(errors="replace").decode()  # no half characters
@@ -351,8 +355,8 @@ def strict(get_response):
         response = get_response(request)
         if response.status_code not in (404, 500):  # those may be Django's pages for developers
             ours = f"default-src 'self' 'nonce-{request.csp_nonce}'; img-src data:"
-            frame = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-            response["Content-Security-Policy"] = f"{ours}; {frame}"
+            theirs = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+            response["Content-Security-Policy"] = f"{ours}; {theirs}"
             response["Cache-Control"] = "no-store"  # its key is good for one message
         return response
 
@@ -375,16 +379,14 @@ def page(request, slug=LOBBY):
     return render(request, "page.html", context)
 
 
-class SignUp(views.RedirectURLMixin, CreateView):
+class SignUp(views.RedirectURLMixin, FormView):
     form_class = forms.UserCreationForm
 
     def form_valid(self, form):
-        try:
-            response = super().form_valid(form)
-        except IntegrityError:  # a double click: it is taken by now
-            return self.form_invalid(self.get_form())
-        login(self.request, self.object)
-        return response
+        with suppress(IntegrityError):  # a double click: the name is taken by now
+            login(self.request, form.save())
+            return redirect(self.get_success_url())
+        return self.form_invalid(self.get_form())
 
 
 ################ Routes
@@ -397,11 +399,11 @@ urlpatterns = [
     path("logout/", views.LogoutView.as_view(next_page="/")),
 ]
 
-chat = ChatConsumer.as_asgi()
-routes = [path("ws/chat", chat, {"slug": LOBBY}), path("ws/chat/<slug:slug>", chat)]
-routes += [re_path("", chat, {"slug": None})]
+consumer = ChatConsumer.as_asgi()
+routes = [path("ws/chat", consumer, {"slug": LOBBY}), path("ws/chat/<slug:slug>", consumer)]
+routes += [re_path("", consumer, {"slug": None})]
 pages = asgi.get_asgi_application()
-files = ASGIStaticFilesHandler(pages)  # a path that leads out of its folder would be an error there
+files = ASGIStaticFilesHandler(pages)  # fails on a path that leads out of its folder
 http = routing.URLRouter([re_path(r"[.][.]", pages), re_path("", files)])
 websocket = auth.AuthMiddlewareStack(routing.URLRouter(routes))
 application = routing.ProtocolTypeRouter({"http": http, "websocket": websocket})
@@ -430,7 +432,7 @@ elif __name__ == "__main__":
     host = os.getenv("HOST", "127.0.0.1")
     port = os.getenv("PORT", "8000")
     if not port.isdecimal():
-        sys.exit(f"PORT is {port!r}, which is no number")
+        sys.exit(f"PORT is {port!r}, which is not a number")
     limits = {"ws_max_size": 128 * 1024, "ws_per_message_deflate": False}  # bytes
     limits |= {"ws_ping_interval": 8, "ws_ping_timeout": 8, "timeout_graceful_shutdown": 3}
     print(f"Starting the chat at http://{host}:{port} (Ctrl-C ends it)", flush=True)

@@ -402,6 +402,7 @@ def test_a_dead_line_is_noticed_and_what_it_does_not_carry_waits_on_the_screen(e
     line = Line(server)
     window = join(line, engine=engine)
     line.die()
+    window.js("((now) => Date.now = () => now() - 3600_000)(Date.now)")  # its clock is set back
     window.has("#status", "No connection", 20)  # also when its person only reads
     line.mend()
     window.open().watch("#status")
@@ -691,7 +692,7 @@ def test_strange_requests_are_no_errors_nor_is_a_database_that_was_away(shared, 
     for service in services:
         service.kill()
         service.start()
-    for path in "/", "/login/", "/signup/":
+    for path in "/", "/login/", "/signup", "/chat/two":
         headers = urlopen(server.url + path).headers
         assert headers["X-Content-Type-Options"] == "nosniff"
         policy = "nonce-.*; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -806,6 +807,7 @@ def test_a_crowd_rooms_at_rest_and_a_stuck_reader_cost_nobody_anything(start):
     time.sleep(10)
     assert server.cpu() - opened < (opened - before) / 4  # a tenth of a usual core
     eventually(lambda: delivery(ann, bob) < 2 * alone + 0.02)
+    Client(strict).hear(">2 here")  # who took nothing for so long has gone
     with pytest.raises(ConnectionClosed):
         asleep.hear("unanswered")
     strict.process.send_signal(SIGTERM)
@@ -824,7 +826,7 @@ chat.urlpatterns += [chat.path("look", look)]
 uvicorn.run(chat.application, port=PORT, log_level="warning")
 """
 FILES = "len(os.listdir('/proc/self/fd'))"
-THINGS = "sum(map(len, (asyncio.all_tasks(), chat.rooms, layer.groups, layer.channels)))"
+THINGS = "sum(map(len, (asyncio.all_tasks(), chat.windows, layer.groups, layer.channels)))"
 EVENTS = """[{"type": "x"}, {}, {"type": "here"}, {"type": "here", "process": "x", "rooms": 7}]"""
 
 
@@ -852,7 +854,7 @@ def test_a_thousand_visits_leave_nothing_behind_and_what_runs_for_ever_does(star
     together(visit, range(10))
     together(server.get, ["/"] * 40)
     Client(server, "open").hear("1 here")  # all that runs for ever does now
-    eventually(lambda: look("list(chat.rooms)") == "['open']")
+    eventually(lambda: look("[window.slug for window in chat.windows]") == "['open']")
     files = int(look(FILES))
     things = int(look(THINGS))
     for first in range(10, 1010, 20):
@@ -1039,6 +1041,7 @@ def test_the_page_works_without_javascript_and_without_more_than_a_form(server, 
         ann.shows(*said[:number])
         bob.shows(*said[:number])
     assert post(ann.page.url, form={**fields, "chat_message": "three"}).status == 200
+    assert "page is outdated" in post(ann.page.url, form={**fields, "chat_message": "four"}).text()
     assert post(ann.page.url, form={"chat_message": "forged"}).status == 403
     assert server.stored() == said
     for window, text in (ann, " "), (ann, "x" * 2001), (bob, "x" * 2001):
@@ -1046,12 +1049,18 @@ def test_the_page_works_without_javascript_and_without_more_than_a_form(server, 
         window.page.click("text=Send")
         window.has("#error", "Please|2000")
         window.shows(*said, box=text)
+    bob.js("document.querySelector('textarea').value = '漢'.repeat(50_000)")  # more than a frame
+    bob.page.click("text=Send")
+    bob.shows(*said, box="漢" * 50_000)
     is_fit_for_all(bob)
     bob.page.fill("textarea", "four")
     bob.page.dblclick("text=Send")
     bob.type("and on")
     bob.shows(*said, "four", box="and on")
     bob.has("#error", "^$")
+    with bob.page.expect_popup() as copy:
+        bob.js("open(location.href).name")
+    Window(copy.value).open().shows(*said, "four", box="and on")
     bob.goto(f"{server.url}/nowhere")
     bob.page.set_content("""<script src="/static/django_htmx/htmx-2.min.js"></script>
         <script src="/static/django_htmx/ext/hx-ws-2.min.js"></script><div id="content"></div>
@@ -1063,7 +1072,7 @@ def test_the_page_works_without_javascript_and_without_more_than_a_form(server, 
 
 
 def test_the_keyboard_is_enough_and_the_console_stays_empty(start, join):
-    server = start(HOST="0.0.0.0", ALLOWED_HOSTS="chat.test")
+    server = start(HOST="0.0.0.0", ALLOWED_HOSTS="localhost, chat.test")
     server.url = f"http://chat.test:{server.port}"  # plain http, and not localhost
     ann = join(server)
     requests = []
@@ -1136,7 +1145,7 @@ def test_errors_say_what_is_wrong(server):
         ("DATABASE_URL", "postgres://127.0.0.1:1/x", "refused"),
         ("DATABASE_URL", "postgres://[x", "valid url"),
         ("DATABASE_URL", "mysql://x", "MySQLdb"),
-        ("PORT", "abc", r"^PORT is .abc., which is no number\n$"),
+        ("PORT", "abc", r"^PORT is .abc., which is not a number\n$"),
         ("PORT", str(server.port), "in use"),
     ):
         ended = server.run(**{variable: value})
