@@ -218,10 +218,9 @@ async def listen():
 
 
 async def look():
-    """Tell the windows what is new in the database: when announced, or else once a second."""
+    """Tell the windows what is new in the database, whenever `said` is set."""
     global newest
-    with suppress(TimeoutError):
-        await asyncio.wait_for(said.wait(), 1)
+    await said.wait()
     said.clear()
     new = Message.objects.raw(NEW, [newest, KEPT])
     for message in await sync_to_async(list)(new):
@@ -232,8 +231,9 @@ async def look():
 
 
 async def tick():
-    """Once a second, tell the windows and the other processes who is here."""
+    """Once a second, let look() look, and tell the windows and the other processes who is here."""
     await asyncio.sleep(1)
+    said.set()
     now = time.monotonic()
     here = {window.slug: {} for window in windows}
     for window in windows:
