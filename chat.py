@@ -183,7 +183,7 @@ PROCESS = uuid4().hex
 running = {}  # tasks, by what they do
 said = asyncio.Event()
 newest = 0  # the id up to which the windows were told everything
-windows = set()  # of this process
+rooms = {}  # the windows of this process, by slug
 told = {}  # by process: when it told who is here, and whom: names by author by slug
 
 
@@ -225,8 +225,8 @@ async def look():
     new = Message.objects.raw(NEW, [newest, KEPT])
     for message in await sync_to_async(list)(new):
         newest = message.id
-        for window in windows:
-            if window.slug == message.room and message.id > window.start:
+        for window in rooms.get(message.room, ()):
+            if message.id > window.start:
                 window.add(message.fragment)
 
 
@@ -235,20 +235,21 @@ async def tick():
     await asyncio.sleep(1)
     said.set()
     now = time.monotonic()
-    here = {window.slug: {} for window in windows}
-    for window in windows:
-        if window.shown_at > now - GONE:
-            here[window.slug][window.me["author"]] = window.me["name"]
+    here = {}
+    for slug, windows in rooms.items():
+        reading = [window for window in windows if window.shown_at > now - GONE]
+        here[slug] = {window.me["author"]: window.me["name"] for window in reading}
     told[PROCESS] = now, here
     for process, (when, _) in list(told.items()):
         if when < now - GONE:
             del told[process]
-    swap = f'data-beat="{now // SIGN_OF_LIFE}" hx-swap-oob="innerHTML:#people"'
-    people = {slug: f"<div {swap}>{people_in(slug)}</div>" for slug in here}
-    for window in windows:
-        if window.people != people[window.slug]:
-            window.people = people[window.slug]
-            window.add(window.people)
+    for slug, windows in rooms.items():
+        beat = (int(now) + hash(slug)) // SIGN_OF_LIFE  # not in all rooms at once
+        people = f'<div data-beat="{beat}" hx-swap-oob="innerHTML:#people">{people_in(slug)}</div>'
+        for window in windows:
+            if people != window.people:
+                window.people = people
+                window.add(people)
     await announce({"type": "here", "process": PROCESS, "rooms": here})
 
 
@@ -302,9 +303,8 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         self.queue = []
         self.people = None
         self.shown_at = time.monotonic()
-        windows.add(self)
-        # disconnect() is not always called, but every task ends.
-        asyncio.current_task().add_done_callback(lambda _: windows.discard(self))
+        rooms.setdefault(self.slug, set()).add(self)
+        asyncio.current_task().add_done_callback(self.leave)  # disconnect() is not always called
         missed = log.filter(id__gt=after or 0)
         clear = []
         if after is None or await missed.acount() > KEPT:
@@ -312,6 +312,11 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
             clear = [CLEAR]
         fragments = [message.fragment async for message in missed]
         self.queue = clear + fragments[::-1] + self.queue  # look() may have added some meanwhile
+
+    def leave(self, _):
+        rooms[self.slug].remove(self)
+        if not rooms[self.slug]:
+            del rooms[self.slug]
 
     def add(self, fragment):
         """Send a fragment, in one frame with others if the window is still busy with the last."""

@@ -766,7 +766,7 @@ async def look(request):
 chat.urlpatterns += [chat.path("look", look)]
 uvicorn.run(chat.application, port=PORT, log_level="warning")
 """
-THINGS = "sum(map(len, (asyncio.all_tasks(), chat.windows, layer.groups, layer.channels)))"
+THINGS = "sum(map(len, (asyncio.all_tasks(), chat.rooms, layer.groups, layer.channels)))"
 EVENTS = """[{"type": "x"}, {}, {"type": "here"}, {"type": "here", "process": "x", "rooms": 7}]"""
 
 
@@ -789,7 +789,7 @@ def test_a_thousand_visits_leave_nothing_behind_and_what_runs_for_ever_does(star
     together(visit, range(10))
     together(server.get, ["/"] * 40)
     Client(server, "open").hear("1 here")  # all that runs for ever does now
-    eventually(lambda: look("[window.slug for window in chat.windows]") == "['open']")
+    eventually(lambda: look("list(chat.rooms)") == "['open']")
     files = server.process.num_fds()
     things = int(look(THINGS))
     for first in range(10, 1010, 20):
