@@ -1045,8 +1045,13 @@ def test_markup_that_got_past_escaping_does_not_run(server, join):
 def test_runserver_brings_the_open_page_back_after_every_edit(start, join):
     server = start("chat.py", "runserver", "PORT")
     ann = join(server).say("before")
-    (server.folder / "chat.py").touch()
-    ann.has("#status", "No connection").say("after").shows("before", "after")
+
+    def is_noticed():  # which takes two edits if Django has not begun to watch
+        (server.folder / "chat.py").touch()
+        return ann.texts("#status") != ["Connected"]
+
+    eventually(is_noticed)
+    ann.open().say("after").shows("before", "after")
     ann.goto(f"{server.url}/nowhere")
     ann.has("body", "DEBUG = True")
     assert ann.js("getComputedStyle(document.body).margin") == "0px"  # Django's style is let in
