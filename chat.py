@@ -177,8 +177,8 @@ def rename(slug, session, content):
 
 
 ################ What each process does for ever
-SIGN_OF_LIFE = 10  # seconds of a beat; a page that hears none for 15 takes its line for dead
-GONE = 25  # seconds; who tells nothing (a process), or takes nothing (a window), is dead
+SIGN_OF_LIFE = 10  # seconds from beat to beat; a page that hears none for 15 connects again
+GONE = 25  # seconds until a process that tells nothing, or a window that takes nothing, is dead
 PROCESS = uuid4().hex
 running = {}  # tasks, by what they do
 said = asyncio.Event()
